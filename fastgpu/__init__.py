@@ -1,0 +1,65 @@
+"""fastgpu: import a model, optimize its jaxpr, train it, measure it, export it.
+
+This file is the list of what is public. Names are resolved on first use, so that `import fastgpu`
+starts no JAX backend and imports neither TensorFlow nor Keras.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastgpu.benchmark import benchmark as benchmark
+    from fastgpu.config import Configuration as Configuration
+    from fastgpu.config import configure as configure
+    from fastgpu.errors import FastGPUError as FastGPUError
+    from fastgpu.exporters import export_saved_model as export_saved_model
+    from fastgpu.importers import from_keras as from_keras
+    from fastgpu.importers import from_nnx as from_nnx
+    from fastgpu.training import TrainState as TrainState
+    from fastgpu.training import evaluate as evaluate
+    from fastgpu.training import fit as fit
+    from fastgpu.training import predict as predict
+    from fastgpu.training import supervised_loss as supervised_loss
+    from fastgpu.training import train_step as train_step
+    from fastgpu.transforms import optimize as optimize
+    from fastgpu.tuning import tune as tune
+
+_PUBLIC = {
+    # prepare
+    "configure": "fastgpu.config",
+    "Configuration": "fastgpu.config",
+    "FastGPUError": "fastgpu.errors",
+    # import
+    "from_keras": "fastgpu.importers",
+    "from_nnx": "fastgpu.importers",
+    # optimize
+    "optimize": "fastgpu.transforms",
+    # train
+    "TrainState": "fastgpu.training",
+    "supervised_loss": "fastgpu.training",
+    "train_step": "fastgpu.training",
+    "fit": "fastgpu.training",
+    "evaluate": "fastgpu.training",
+    "predict": "fastgpu.training",
+    # tune, measure
+    "tune": "fastgpu.tuning",
+    "benchmark": "fastgpu.benchmark",
+    # deploy
+    "export_saved_model": "fastgpu.exporters",
+}
+_SUBMODULES = ("errors", "hardware", "ir", "models", "transforms")
+
+__all__ = [*sorted(_PUBLIC), *_SUBMODULES]  # pyright: ignore[reportUnsupportedDunderAll]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _SUBMODULES:
+        return importlib.import_module(f"fastgpu.{name}")
+    raise AttributeError(f"module 'fastgpu' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

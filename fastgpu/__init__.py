@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastgpu.benchmark import benchmark as benchmark
+    from fastgpu.benchmarking import benchmark as benchmark
     from fastgpu.config import Configuration as Configuration
     from fastgpu.config import configure as configure
     from fastgpu.errors import FastGPUError as FastGPUError
@@ -43,7 +43,7 @@ _PUBLIC = {
     "predict": "fastgpu.training",
     # tune, measure
     "tune": "fastgpu.tuning",
-    "benchmark": "fastgpu.benchmark",
+    "benchmark": "fastgpu.benchmarking",
     # deploy
     "export_saved_model": "fastgpu.exporters",
 }

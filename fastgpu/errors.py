@@ -79,6 +79,14 @@ class CheckpointError(FastGPUError, RuntimeError):
     """A checkpoint cannot be written, read, or does not match the state it should restore."""
 
 
+class ModelError(FastGPUError, ValueError):
+    """A model's name, configuration, or input shape is not one it can take."""
+
+
+class TuningError(FastGPUError, RuntimeError):
+    """A search space is ill-formed, a study cannot be resumed, or no trial of it succeeded."""
+
+
 class ExportError(FastGPUError, RuntimeError):
     """An export cannot be written, or its reloaded copy gives other numbers."""
 

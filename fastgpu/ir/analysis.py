@@ -1,0 +1,105 @@
+"""What a jaxpr reads, keeps alive, and how many bytes that is."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+from fastgpu.ir.compat import (
+    AbstractValue,
+    ClosedJaxpr,
+    DropVar,
+    Jaxpr,
+    JaxprEqn,
+    Var,
+    sub_jaxprs,
+)
+
+
+def walk(jaxpr: ClosedJaxpr | Jaxpr) -> Iterator[JaxprEqn]:
+    """Every equation in order, each followed by those of the programs it runs.
+
+    >>> import jax
+    >>> closed = jax.make_jaxpr(lambda x: jax.lax.cond(x > 0, jax.numpy.sin, jax.numpy.cos, x))(1.0)
+    >>> [eqn.primitive.name for eqn in walk(closed)]
+    ['gt', 'convert_element_type', 'cond', 'cos', 'sin']
+    """
+    for eqn in (jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr).eqns:
+        yield eqn
+        for sub in sub_jaxprs(eqn):
+            yield from walk(sub)
+
+
+def aval_bytes(aval: AbstractValue) -> int:
+    """Bytes of one value of this type; 0 for tokens. A random key counts as its two words.
+
+    >>> import jax, jax.numpy as jnp
+    >>> aval_bytes(jax.eval_shape(lambda: jnp.zeros((3, 5), jnp.bfloat16)))
+    30
+    """
+    shape, dtype = getattr(aval, "shape", None), getattr(aval, "dtype", None)
+    if shape is None or dtype is None:
+        return 0
+    return math.prod(shape) * dtype.itemsize
+
+
+def uses(jaxpr: Jaxpr) -> Counter[Var]:
+    """How many equations (and outputs of the jaxpr) read each variable.
+
+    >>> import jax
+    >>> jaxpr = jax.make_jaxpr(lambda x: x * x + x)(1.0).jaxpr
+    >>> [uses(jaxpr)[v] for v in jaxpr.invars]
+    [3]
+    """
+    read = [v for eqn in jaxpr.eqns for v in eqn.invars] + list(jaxpr.outvars)
+    return Counter(v for v in read if isinstance(v, Var))
+
+
+def last_use(jaxpr: Jaxpr) -> dict[Var, int]:
+    """The index of the last equation that reads each variable; `len(eqns)` for the outputs.
+
+    >>> import jax
+    >>> jaxpr = jax.make_jaxpr(lambda x: (x * x, x + 1))(1.0).jaxpr
+    >>> [last_use(jaxpr)[v] for v in (*jaxpr.invars, *jaxpr.outvars)]
+    [1, 2, 2]
+    """
+    last = {
+        v: index for index, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if isinstance(v, Var)
+    }
+    last.update((v, len(jaxpr.eqns)) for v in jaxpr.outvars if isinstance(v, Var))
+    return last
+
+
+def live_bytes(jaxpr: Jaxpr) -> list[int]:
+    """Bytes alive while each equation runs, in program order: inputs stay, temporaries come and go.
+
+    An equation's inputs and outputs are both counted while it runs; what a nested program needs at
+    its own peak, beyond its inputs and outputs, is added. It is an upper bound of what a compiler
+    needs that fuses and reuses buffers.
+
+    >>> import jax, jax.numpy as jnp
+    >>> jaxpr = jax.make_jaxpr(lambda x: jnp.sum(jnp.sin(x) * 2))(jnp.ones(256)).jaxpr
+    >>> live_bytes(jaxpr)
+    [2048, 3072, 2052]
+    """
+    last = last_use(jaxpr)
+    held = {*jaxpr.constvars, *jaxpr.invars}
+    resident = sum(aval_bytes(v.aval) for v in held)
+    alive = 0
+    timeline = []
+    for index, eqn in enumerate(jaxpr.eqns):
+        made = sum(aval_bytes(v.aval) for v in eqn.outvars if not isinstance(v, DropVar))
+        inner = max((_extra_bytes(sub) for sub in sub_jaxprs(eqn)), default=0)
+        alive += made
+        timeline.append(resident + alive + inner)
+        finished = {v for v in (*eqn.invars, *eqn.outvars) if isinstance(v, Var)}
+        alive -= sum(
+            aval_bytes(v.aval)
+            for v in finished
+            if last.get(v, index) == index and not isinstance(v, DropVar) and v not in held
+        )
+    return timeline
+
+
+def _extra_bytes(jaxpr: Jaxpr) -> int:
+    borders = [*jaxpr.constvars, *jaxpr.invars, *jaxpr.outvars]
+    return max(0, max(live_bytes(jaxpr), default=0) - sum(aval_bytes(v.aval) for v in borders))

@@ -1,0 +1,3 @@
+"""The pipeline, on one page."""
+
+from fastgpu.transforms.optimize import optimize

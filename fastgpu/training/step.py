@@ -1,0 +1,258 @@
+"""`train_step`: a loss and an optimizer in, one compiled step out.
+
+The gradient is `jax.value_and_grad(optimize(loss_fn))`: fastgpu's passes see the forward program,
+JAX differentiates what they return. The one warning: the step donates the state it is given, so
+that parameters and optimizer state exist once on the device. Keep the state it returns.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fastgpu.errors import BatchError, FastGPUError, LossError, TraceError
+from fastgpu.ir.compat import Tracer
+from fastgpu.training.leaves import first_difference, is_array, leaf_type, leaf_types
+from fastgpu.training.state import TrainState, strong
+from fastgpu.transforms import optimize
+
+LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, tuple[Any, Mapping[str, Any]]]]
+
+
+def train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    passes: Any = "default",
+    target: Any = None,
+    donate: bool = True,
+    recompile: Literal["error", "allow"] = "error",
+) -> "TrainStep":
+    """A compiled `(state, batch) -> (state, metrics)`.
+
+    Args:
+      loss_fn: `(params, model_state, batch, rng) -> (loss, (model_state, metrics))`: `loss` a
+        floating-point scalar, `model_state` of the structure, shapes and dtypes that came in,
+        `metrics` a dict of arrays. `rng` is `state.rng` folded with `state.step`.
+        `supervised_loss` makes one of a Flax module.
+      optimizer: an optax `GradientTransformation`. It is given `value=loss`, for those that ask.
+      passes, target: handed to `fastgpu.optimize`; `passes=()` leaves the program as it is.
+      donate: reuse the memory of the state that came in for the one that goes out.
+      recompile: what a batch of another structure, shape or dtype than the first one means:
+        "error", or "allow" (one compilation per kind of batch).
+
+    The metrics are `{"loss": loss, **metrics}`, on the device: a step never waits for them.
+    Composes with `jax.jit` and `jax.lax.scan`; there, batches are not compared.
+
+    Raises `LossError` when `loss_fn` returns something else, before anything is compiled, and
+    `BatchError` when a later batch differs from the first.
+
+    >>> def loss_fn(params, model_state, batch, rng):
+    ...     error = batch["x"] @ params["w"] - batch["y"]
+    ...     return (error**2).mean(), (model_state, {"error": abs(error).mean()})
+    >>> step = train_step(loss_fn, optax.sgd(0.1))
+    >>> state = TrainState.create({"params": {"w": jnp.zeros(2)}}, optax.sgd(0.1), rng=0)
+    >>> state, metrics = step(state, {"x": jnp.ones((4, 2)), "y": jnp.ones(4)})
+    >>> state.params["w"], metrics["loss"], int(state.step)
+    (Array([0.2, 0.2], dtype=float32), Array(1., dtype=float32), 1)
+    """
+    return TrainStep(loss_fn, optimizer, passes, target, donate, recompile)
+
+
+class TrainStep:
+    """What `train_step` returns. Call it; `lower` it; `loss_fn` and `optimizer` are kept."""
+
+    def __init__(
+        self,
+        loss_fn: LossFn,
+        optimizer: optax.GradientTransformation,
+        passes: Any = "default",
+        target: Any = None,
+        donate: bool = True,
+        recompile: Literal["error", "allow"] = "error",
+    ) -> None:
+        if recompile not in ("error", "allow"):
+            raise ValueError(f"`recompile` is 'error' or 'allow', not {recompile!r}")
+        self.loss_fn, self.optimizer = loss_fn, optimizer
+        self.passes, self.target = passes, target
+        self.donate, self.recompile = donate, recompile
+        self._first_batch: tuple[dict[str, str], Any] | None = None
+        self._known_batches: set[tuple[Any, ...]] = set()
+        self._jitted = jax.jit(self._build(), donate_argnums=(0,) if donate else ())
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        """Do one step."""
+        leaves, tree = jax.tree.flatten(batch)
+        if any(isinstance(leaf, Tracer) for leaf in (state.step, *leaves)):
+            return self._jitted(state, batch)
+        if self.recompile == "error":
+            self._check_batch(batch, leaves, tree)
+        if _is_deleted(state.step):
+            raise _donated("state")
+        if self._cache_size() == 0:
+            state = strong(state)
+        try:
+            return self._jitted(state, batch)
+        except ValueError:
+            for name, arg in (("state", state), ("batch", batch)):
+                if any(map(_is_deleted, jax.tree.leaves(arg))):
+                    raise _donated(name) from None
+            raise
+
+    def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
+        """Trace and lower for these shapes (arrays or `jax.ShapeDtypeStruct`), without running."""
+        return self._jitted.lower(state, batch)
+
+    def _cache_size(self) -> int:
+        return self._jitted._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _build(self) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
+        loss_fn = optimize(_checked(self.loss_fn), passes=self.passes, target=self.target)
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        optimizer = optax.with_extra_args_support(self.optimizer)
+
+        def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+            rng = jax.random.fold_in(state.rng, state.step)
+            (loss, (model_state, metrics)), grads = value_and_grad(
+                state.params, state.model_state, batch, rng
+            )
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss)
+            after = state.replace(
+                step=state.step + 1,
+                params=optax.apply_updates(state.params, updates),
+                model_state=model_state,
+                opt_state=opt_state,
+            )
+            after = strong(after)
+            _require_same_state(state, after)
+            return after, {**metrics, "loss": loss}
+
+        return train_step
+
+    def _check_batch(self, batch: Any, leaves: list[Any], tree: Any) -> None:
+        # Shapes and dtypes as they stand, so that the check of an equal batch costs microseconds.
+        seen = tree, *((np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
+        if seen in self._known_batches:
+            return
+        _require_arrays(batch)
+        if self._first_batch is None:
+            self._first_batch = leaf_types(batch), tree
+        types, first_tree = self._first_batch
+        difference = first_difference(types, leaf_types(batch))
+        if difference is None and tree != first_tree:
+            difference = "", str(first_tree), str(tree)
+        if difference is not None:
+            raise _changed_batch(*difference)
+        self._known_batches.add(seen)
+
+
+def _checked(loss_fn: LossFn) -> LossFn:
+    """`loss_fn`, whose result is checked while it is traced: before anything is compiled."""
+
+    def loss_with_checked_result(params: Any, model_state: Any, batch: Any, rng: jax.Array):
+        result = loss_fn(params, model_state, batch, rng)
+        match result:
+            case (loss, (new_model_state, metrics)) if isinstance(metrics, Mapping):
+                pass
+            case _:
+                raise LossError(
+                    "the loss function returns another structure than a step can use",
+                    expected="(loss, (model_state, metrics)), metrics a dict",
+                    got=_outline(result),
+                    fix="return (loss, (model_state, {})) if there are no metrics",
+                )
+        _require_float_scalar(loss)
+        _require_same_model_state(model_state, new_model_state)
+        return loss, (new_model_state, dict(metrics))
+
+    return loss_with_checked_result
+
+
+def _outline(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_outline, value))})"
+    if isinstance(value, Mapping):
+        return f"a dict with keys {list(value)}"
+    return leaf_type(value)
+
+
+def _require_float_scalar(loss: Any) -> None:
+    got = leaf_type(loss)
+    if not is_array(loss) or np.shape(loss) != ():
+        raise LossError(
+            "the loss is not a scalar",
+            expected="float32[]",
+            got=got,
+            fix="reduce it in the loss function, for example with .mean()",
+        )
+    if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        raise LossError(
+            "the loss cannot be differentiated",
+            expected="a floating-point scalar",
+            got=got,
+            fix="compute the loss in float32",
+        )
+
+
+def _require_same_model_state(before: Any, after: Any) -> None:
+    difference = first_difference(leaf_types(before), leaf_types(after))
+    if difference is None and jax.tree.structure(before) != jax.tree.structure(after):
+        difference = "", str(jax.tree.structure(before)), str(jax.tree.structure(after))
+    if difference is not None:
+        path, expected, got = difference
+        raise LossError(
+            f"the loss function changes the type of model_state{path}",
+            expected=expected,
+            got=got,
+            fix="return model_state with the structure, shapes and dtypes that came in",
+        )
+
+
+def _require_same_state(before: TrainState, after: TrainState) -> None:
+    difference = first_difference(leaf_types(before), leaf_types(after))
+    if difference is not None:
+        path, expected, got = difference
+        raise TraceError(
+            f"the optimizer changes the type of state{path}",
+            expected=expected,
+            got=got,
+            fix="create the state with the optimizer that the step was made with",
+        )
+
+
+def _require_arrays(batch: Any) -> None:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
+        if not is_array(leaf):
+            raise BatchError(
+                f"batch{jax.tree_util.keystr(path)} is not an array",
+                expected="a pytree whose leaves are arrays of numbers",
+                got=f"{leaf_type(leaf)} {str(leaf)[:40]!r}",
+                fix="keep names and other text outside of the batch",
+            )
+
+
+def _changed_batch(path: str, expected: str, got: str) -> BatchError:
+    return BatchError(
+        f"batch{path} changed since the first call: the step would recompile",
+        expected=expected,
+        got=got,
+        fix="drop the last partial batch (drop_remainder); or pad it and give the padding weight 0 "
+        "(batch['weights']); or pass train_step(..., recompile='allow')",
+    )
+
+
+def _is_deleted(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted()
+
+
+def _donated(name: str) -> FastGPUError:
+    return FastGPUError(
+        f"the {name} given to the step was already used up: a step donates its state, "
+        "so that the memory can be used again",
+        expected=f"a {name} whose arrays are alive, such as the one that the last step returned",
+        got=f"a {name} with deleted arrays",
+        fix="write `state, metrics = step(state, batch)`; or pass train_step(..., donate=False)",
+    )

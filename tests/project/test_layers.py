@@ -25,10 +25,12 @@ LAYER = {
     "cli": 7,
     "report": 7,
 }
+# Programs for a process of their own, which nothing imports.
+PROGRAMS = ("benchmarking/keras_worker.py", "exporters/reload_savedmodel.py")
 # Optional packages, and the only files that may import them (all but typer inside functions).
 OPTIONAL = {
-    "keras": ("importers/keras/", "benchmarking/keras_worker.py"),
-    "tensorflow": ("exporters/savedmodel", "benchmarking/keras_worker.py"),
+    "keras": ("importers/keras/", *PROGRAMS),
+    "tensorflow": ("exporters/savedmodel.py", *PROGRAMS),
     "optuna": ("tuning/",),
     "matplotlib": ("tuning/", "report/"),
     "sklearn": ("cli/demo",),
@@ -62,20 +64,20 @@ def _imports(node: ast.AST, file: str, at_import_time: bool) -> Iterator[Import]
         module = "." * node.level + (node.module or "")
         for alias in node.names:
             yield Import(file, node.lineno, f"{module}.{alias.name}", at_import_time)
-    elif (isinstance(node, ast.Attribute) and (name := _dotted(node)).startswith("jax.")) or (
-        isinstance(node, ast.Call) and (name := _imported_by_call(node))
-    ):
-        yield Import(file, node.lineno, name, at_import_time)
+    elif isinstance(node, ast.Attribute) and _dotted(node).startswith("jax."):
+        yield Import(file, node.lineno, _dotted(node), at_import_time)
+    elif isinstance(node, ast.Call) and _imported_by_call(node):
+        yield Import(file, node.lineno, _imported_by_call(node), at_import_time)
     inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
     for child in ast.iter_child_nodes(node):
         yield from _imports(child, file, at_import_time and not inside)
 
 
-def _imported_by_call(node: ast.Call) -> str | None:
+def _imported_by_call(node: ast.Call) -> str:
     by_name = _dotted(node.func).split(".")[-1] in ("require", "import_module")
     if by_name and node.args and isinstance(node.args[0], ast.Constant):
         return str(node.args[0].value)
-    return None
+    return ""
 
 
 def _dotted(node: ast.expr) -> str:
@@ -96,6 +98,12 @@ def broken_rules(found: Import) -> list[str]:
         here, there = LAYER[part], LAYER.get(target, 7)
         if not (there < here or target == part or here == there == 0 or here == 7):
             broken.append(f"{found}: layer {here} imports layer {there}")
+    if (
+        found.name.removeprefix("fastgpu.")
+        .replace(".", "/")
+        .startswith(tuple(program.removesuffix(".py") for program in PROGRAMS))
+    ):
+        broken.append(f"{found}: a program; run it in its own process")
     if found.name.startswith("."):
         broken.append(f"{found}: relative import; write fastgpu.…")
     if under(found.name, "jax._src") or under(found.name, "jaxlib"):
@@ -108,8 +116,7 @@ def broken_rules(found: Import) -> list[str]:
         if under(found.name, package):
             if not found.file.startswith(files):
                 broken.append(f"{found}: {package} may be imported only in {files}")
-            worker = found.file.endswith("_worker.py")  # a program of its own, never imported
-            if found.at_import_time and package != "typer" and not worker:
+            if found.at_import_time and package != "typer" and found.file not in PROGRAMS:
                 broken.append(f"{found}: import {package} inside a function")
     return broken
 

@@ -1,5 +1,23 @@
 """Jaxprs as data: trace a function, rewrite it by rules, read its cost, check it, print it."""
 
-from fastgpu.ir.trace import Traced, trace
-from fastgpu.ir.rewrite import Rule, Rules, rewrite
-from fastgpu.ir.analysis import walk
+from fastgpu.ir.analysis import aval_bytes as aval_bytes
+from fastgpu.ir.analysis import last_use as last_use
+from fastgpu.ir.analysis import live_bytes as live_bytes
+from fastgpu.ir.analysis import uses as uses
+from fastgpu.ir.analysis import walk as walk
+from fastgpu.ir.compat import ClosedJaxpr as ClosedJaxpr
+from fastgpu.ir.compat import JaxprEqn as JaxprEqn
+from fastgpu.ir.cost import Cost as Cost
+from fastgpu.ir.cost import equation_cost as equation_cost
+from fastgpu.ir.cost import program_cost as program_cost
+from fastgpu.ir.cost import roofline_seconds as roofline_seconds
+from fastgpu.ir.lowered import Chooser as Chooser
+from fastgpu.ir.lowered import Site as Site
+from fastgpu.ir.lowered import stands_for as stands_for
+from fastgpu.ir.printer import to_text as to_text
+from fastgpu.ir.rewrite import Rule as Rule
+from fastgpu.ir.rewrite import Rules as Rules
+from fastgpu.ir.rewrite import rewrite as rewrite
+from fastgpu.ir.trace import Traced as Traced
+from fastgpu.ir.trace import trace as trace
+from fastgpu.ir.verify import verify as verify

@@ -5,6 +5,7 @@ change is here.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,11 +17,13 @@ from jax.extend.core import (
     Jaxpr,
     JaxprEqn,
     Literal,
+    Primitive,
     Var,
     check_jaxpr,
     jaxpr_as_fun,
     new_jaxpr_eqn,
 )
+from jax.interpreters import ad, batching, mlir
 from jax.interpreters.partial_eval import dce_jaxpr
 
 __all__ = [
@@ -30,17 +33,22 @@ __all__ = [
     "Jaxpr",
     "JaxprEqn",
     "Literal",
+    "Primitive",
     "ShapedArray",
     "Tracer",
     "Var",
     "bind",
     "check_jaxpr",
     "dce",
+    "define_primitive",
     "eval_jaxpr",
+    "is_linear_input",
     "is_plain_call",
+    "is_zero",
     "jaxpr_as_fun",
     "map_sub_jaxprs",
     "new_jaxpr_eqn",
+    "platform",
     "scope",
     "source_line",
     "sub_jaxprs",
@@ -162,3 +170,33 @@ def source_line(eqn: JaxprEqn) -> str:
 def platform() -> str:
     """The platform that JAX runs on now: "cpu", "gpu" or "tpu". Starts the backend."""
     return jax.default_backend()
+
+
+def define_primitive(
+    name: str,
+    run: Callable[..., list[Any]],
+    out_avals: Callable[..., list[AbstractValue]],
+    jvp: Callable[..., Any],
+    transpose: Callable[..., Any],
+    batch: Callable[..., Any],
+) -> Primitive:
+    """A primitive with several results that compiles to the JAX function `run`."""
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(lambda *args, **params: jax.jit(partial(run, **params))(*args))
+    primitive.def_abstract_eval(out_avals)
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose
+    batching.primitive_batchers[primitive] = batch
+    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
+    return primitive
+
+
+def is_linear_input(value: Any) -> bool:
+    """In a transpose rule: whether `value` stands for an input to be transposed."""
+    return ad.is_undefined_primal(value)
+
+
+def is_zero(tangent: Any) -> bool:
+    """In a derivative rule: whether `tangent` is a symbolic zero."""
+    return isinstance(tangent, ad.Zero)

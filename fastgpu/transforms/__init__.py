@@ -1,3 +1,252 @@
-"""The pipeline, on one page."""
+"""The pipeline, on one page: which passes run, in what order, and why.
 
-from fastgpu.transforms.optimize import optimize
+`DEFAULT_PASSES` is the whole list. `optimize` applies it to a function; `inspect` shows what each
+pass did. To change it, hand `passes=` another list of passes or names:
+
+>>> [step.name for step in DEFAULT_PASSES]
+['inline', 'cse', 'fold', 'pointwise', 'depthwise', 'max_pool', 'small_spatial', 'dce']
+>>> len(without("cse")) == len(DEFAULT_PASSES) - 1
+True
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from fastgpu import ir
+from fastgpu.errors import ConfigurationError
+from fastgpu.hardware import Device, device
+from fastgpu.ir.compat import ClosedJaxpr, platform
+from fastgpu.transforms.common_subexpressions import merge_common_subexpressions
+from fastgpu.transforms.constant_folding import fold_constants
+from fastgpu.transforms.dataflow import depthwise, max_pool, pointwise, small_spatial
+from fastgpu.transforms.dead_code import remove_dead_code
+from fastgpu.transforms.inline import inline_calls
+from fastgpu.transforms.pipeline import Context, Pass, PassReport, run_passes
+
+__all__ = [
+    "DEFAULT_PASSES",
+    "Context",
+    "Inspection",
+    "Pass",
+    "PassReport",
+    "inspect",
+    "optimize",
+    "without",
+]
+
+
+def _plain(change: Callable[[ClosedJaxpr], ClosedJaxpr]) -> Callable[..., ClosedJaxpr]:
+    return lambda closed, context: change(closed)
+
+
+def _lowering(chooser: ir.Chooser) -> Callable[..., ClosedJaxpr]:
+    return lambda closed, context: ir.rewrite(closed, chooser.rules())
+
+
+DEFAULT_PASSES: tuple[Pass, ...] = (
+    Pass("inline", "forward", _plain(inline_calls), "later passes see one flat program"),
+    Pass("cse", "forward", _plain(merge_common_subexpressions), "equal values are computed once"),
+    Pass("fold", "forward", _plain(fold_constants), "what depends on no input is a constant"),
+    Pass(
+        "pointwise",
+        "forward",
+        _lowering(pointwise.CHOOSER),
+        "a 1x1 convolution is a matrix product, which the CPU backend runs 2 to 4 times faster",
+        platforms=("cpu",),
+    ),
+    Pass(
+        "depthwise",
+        "forward",
+        _lowering(depthwise.CHOOSER),
+        "shifted multiply-adds instead of a grouped convolution: 10 times faster on CPU",
+        platforms=("cpu",),
+    ),
+    Pass(
+        "max_pool",
+        "forward",
+        _lowering(max_pool.CHOOSER),
+        "comparisons instead of select-and-scatter in the gradient: 5 times faster on CPU",
+        platforms=("cpu",),
+    ),
+    Pass(
+        "small_spatial",
+        "forward",
+        _lowering(small_spatial.CHOOSER),
+        "a wide convolution over few positions is a matrix product of its windows",
+        platforms=("cpu",),
+    ),
+    Pass("dce", "forward", _plain(remove_dead_code), "what nobody reads is not computed"),
+)
+
+
+def without(*names: str) -> tuple[Pass, ...]:
+    """The default passes less those named.
+
+    Raises `ConfigurationError` for a name that is not in the list.
+
+    >>> "max_pool" in [step.name for step in without("max_pool")]
+    False
+    """
+    dropped = {step.name for step in resolve_passes(names)}
+    return tuple(step for step in DEFAULT_PASSES if step.name not in dropped)
+
+
+def resolve_passes(passes: str | Sequence[Pass | str]) -> tuple[Pass, ...]:
+    """Passes from "default", or from a list of passes and names of default passes.
+
+    Raises `ConfigurationError` for a name that is not in the list.
+    """
+    if passes == "default":
+        return DEFAULT_PASSES
+    if isinstance(passes, str):
+        passes = (passes,)
+    by_name = {step.name: step for step in DEFAULT_PASSES}
+    for step in passes:
+        if not isinstance(step, Pass) and step not in by_name:
+            raise ConfigurationError(
+                f"unknown pass {step!r}",
+                expected=f"'default', or passes from {', '.join(by_name)}",
+                got=repr(step),
+                fix="use one of these names, or give a fastgpu.transforms.Pass",
+            )
+    return tuple(step if isinstance(step, Pass) else by_name[step] for step in passes)
+
+
+def resolve_target(target: str | Device | None) -> Device:
+    """The device that a program is for: the one named, or the one that JAX runs on now.
+
+    Raises `ConfigurationError` for an unknown name.
+    """
+    if isinstance(target, Device):
+        return target
+    if target is None:
+        # Passes are chosen by platform: any GPU's figures will do for one that is not named.
+        target = {"cpu": "cpu", "gpu": "h100", "cuda": "h100"}.get(platform(), "cpu")
+    return device(target)
+
+
+def optimize(
+    fn: Callable[..., Any],
+    passes: str | Sequence[Pass | str] = "default",
+    target: str | Device | None = None,
+) -> Callable[..., Any]:
+    """`fn` with its jaxpr rewritten by `passes` for `target`: the same results, computed faster.
+
+    `fn` takes and returns any pytrees. Arrays and numbers are traced; booleans, strings and other
+    hashable leaves are constants, each value traced anew. The result is compiled by `jax.jit` and
+    composes with `jax.jit`, `jax.grad`, `jax.jvp`, `jax.vmap` and `jax.lax.scan`; derivatives are
+    those of `fn`, and each is optimized too. `target` is a device name (`fastgpu.hardware.DEVICES`);
+    by default it is what JAX runs on.
+
+    Raises `TraceError` when an output of `fn` is not an array, `ConfigurationError` for an unknown
+    pass or target.
+
+    >>> import jax, jax.numpy as jnp
+    >>> fast = optimize(lambda x: {"y": jnp.sin(x) ** 2})
+    >>> bool(jnp.allclose(jax.grad(lambda x: fast(x)["y"])(1.0), jnp.sin(2.0)))
+    True
+    """
+    steps = resolve_passes(passes)
+
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
+    def run(constants: _Constants, leaves: list[Any]) -> Any:
+        traced = ir.trace(lambda *leaves: constants.call(fn, leaves), *leaves)
+        closed, _ = _run(traced.closed_jaxpr, steps, target)
+        return traced.with_jaxpr(closed).as_fun()(*leaves)
+
+    @functools.wraps(fn)
+    def optimized(*args: Any, **kwargs: Any) -> Any:
+        return run(*_split(args, kwargs))
+
+    return optimized
+
+
+def inspect(
+    fn: Callable[..., Any],
+    *args: Any,
+    passes: str | Sequence[Pass | str] = "default",
+    target: str | Device | None = None,
+    **kwargs: Any,
+) -> "Inspection":
+    """What `optimize` does to `fn` on these arguments (arrays or `jax.ShapeDtypeStruct`).
+
+    >>> import jax.numpy as jnp
+    >>> report = inspect(lambda x: jnp.sin(x) + jnp.sin(x), jnp.ones(3))
+    >>> [row.equations for row in report.passes if row.name == "cse"]
+    [(3, 2)]
+    """
+    constants, leaves = _split(args, kwargs)
+    traced = ir.trace(lambda *leaves: constants.call(fn, leaves), *leaves)
+    after, reports = _run(traced.closed_jaxpr, resolve_passes(passes), target)
+    return Inspection(traced.closed_jaxpr, after, tuple(reports))
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A program before and after the passes, and what each pass did; prints as a table."""
+
+    before: ClosedJaxpr
+    after: ClosedJaxpr
+    passes: tuple[PassReport, ...]
+
+    def to_json(self) -> list[dict[str, object]]:
+        """One JSON-ready dict per pass."""
+        return [report.to_json() for report in self.passes]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'pass':<14}{'equations':>14}{'GFLOP':>18}{'GB moved':>18}{'seconds':>9}  changed"
+        ]
+        for row in self.passes:
+            changed = ", ".join(f"{count:+d} {name}" for name, count in row.changed.items())
+            flops = " → ".join(f"{value / 1e9:.3g}" for value in row.flops)
+            moved = " → ".join(f"{value / 1e9:.3g}" for value in row.bytes_moved)
+            equations = " → ".join(str(count) for count in row.equations)
+            lines.append(
+                f"{row.name:<14}{equations:>14}{flops:>18}{moved:>18}{row.seconds:>9.3f}  {changed}"
+            )
+        return "\n".join(lines)
+
+
+def _run(
+    closed: ClosedJaxpr, steps: Sequence[Pass], target: str | Device | None
+) -> tuple[ClosedJaxpr, list[PassReport]]:
+    chosen = resolve_target(target)
+    in_force = [step for step in steps if chosen.platform in step.platforms]
+    return run_passes(closed, in_force, Context(chosen))
+
+
+@dataclass(frozen=True)
+class _Constants:
+    """The leaves of a call that are not traced, and where the traced ones go."""
+
+    tree: Any
+    leaves: tuple[Any, ...]
+
+    def call(self, fn: Callable[..., Any], traced: Sequence[Any]) -> Any:
+        rest = iter(traced)
+        leaves = [next(rest) if leaf is _TRACED else leaf for leaf in self.leaves]
+        args, kwargs = jax.tree.unflatten(self.tree, leaves)
+        return fn(*args, **kwargs)
+
+
+class _Traced:
+    """Stands where a traced leaf goes."""
+
+
+_TRACED = _Traced()
+
+
+def _split(args: Any, kwargs: Any) -> tuple[_Constants, list[Any]]:
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    traced = [
+        hasattr(leaf, "dtype")
+        or (isinstance(leaf, int | float | complex) and not isinstance(leaf, bool))
+        for leaf in leaves
+    ]
+    kept = tuple(_TRACED if t else leaf for t, leaf in zip(traced, leaves, strict=True))
+    return _Constants(tree, kept), [leaf for t, leaf in zip(traced, leaves, strict=True) if t]

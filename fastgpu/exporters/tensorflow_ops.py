@@ -7,7 +7,7 @@ JAX has (LAPACK, cuSOLVER, Python callbacks); these are refused before anything 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jax import lax
 
 from fastgpu import ir
 from fastgpu.errors import ExportError
-from fastgpu.ir.compat import ClosedJaxpr, JaxprEqn, source_line
+from fastgpu.ir.compat import ClosedJaxpr, Jaxpr, JaxprEqn, source_line, sub_jaxprs
 
 # Lowered to a library call on at least one platform, or not at all; measured with TensorFlow 2.21.
 REFUSED = frozenset(
@@ -86,16 +86,25 @@ def refuse_unknown_operations(closed: ClosedJaxpr) -> None:
     ...
     fastgpu.errors.ExportError: TensorFlow cannot run 'cholesky'
     """
-    for eqn in ir.walk(closed):
+    for eqn, line in _with_lines(closed.jaxpr, "an unknown line"):
         name = eqn.primitive.name
         if name in REFUSED or (name in PORTABLE_FORMS and _is_complex(eqn)):
             kind = " of complex numbers" if name in PORTABLE_FORMS else ""
             raise ExportError(
                 f"TensorFlow cannot run '{name}'{kind}",
                 expected="operations that StableHLO and TensorFlow's XLA both have",
-                got=f"'{name}' at {source_line(eqn) or 'an unknown line'}",
+                got=f"'{name}' at {line}",
                 fix=_FIX,
             )
+
+
+def _with_lines(jaxpr: Jaxpr, outer: str) -> Iterator[tuple[JaxprEqn, str]]:
+    """Every equation with its source line; JAX's own jitted functions have that of their call."""
+    for eqn in jaxpr.eqns:
+        line = source_line(eqn) or outer
+        yield eqn, line
+        for sub in sub_jaxprs(eqn):
+            yield from _with_lines(sub, line)
 
 
 def refuse_unknown_calls(stablehlo: str) -> None:

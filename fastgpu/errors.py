@@ -75,6 +75,10 @@ class BatchError(FastGPUError, ValueError):
     """A batch has other leaves, shapes or dtypes than the step was compiled for."""
 
 
+class NonFiniteError(FastGPUError, FloatingPointError):
+    """The training loss became infinite or not a number."""
+
+
 class CheckpointError(FastGPUError, RuntimeError):
     """A checkpoint cannot be written, read, or does not match the state it should restore."""
 

@@ -1,0 +1,346 @@
+"""Every family of `fastgpu.models`: sizes, shapes, dtypes, training behaviour, transforms."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fastgpu import models
+from fastgpu.errors import ModelError
+
+FAMILIES = models.families()
+WITH_BATCH_NORM = ["resnet", "mobilenetv2", "unet"]
+WITH_DROPOUT = ["mlp", "convnet", "mobilenetv2", "vit", "gpt", "unet"]
+IMAGE = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+TOKENS = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
+
+
+def example(family: str, batch: int = 2, seed: int = 0) -> jax.Array:
+    _, struct = models.tiny(family)
+    shape, key = (batch, *struct.shape[1:]), jax.random.key(seed)
+    if jnp.issubdtype(struct.dtype, jnp.integer):
+        return jax.random.randint(key, shape, 0, 32)
+    return jax.random.normal(key, shape, struct.dtype)
+
+
+def initialized(family: str, **overrides):
+    model, _ = models.tiny(family, **overrides)
+    x = example(family)
+    return model, jax.jit(model.init)(jax.random.key(1), x), x
+
+
+def trained_output(model, variables, x, seed: int):
+    """Output and updated collections of one application in training mode."""
+    return jax.jit(
+        lambda v, x: model.apply(
+            v, x, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(seed)}
+        )
+    )(variables, x)
+
+
+def expected_shape(family: str, x: jax.Array) -> tuple[int, ...]:
+    per_position = {"gpt": (*x.shape, 32), "unet": (*x.shape[:-1], 3)}
+    return per_position.get(family, (len(x), 4))
+
+
+# --- published sizes ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "x", "count"),
+    [
+        # torchvision's tables of weights, without the batch statistics
+        ("resnet18", IMAGE, 11_689_512),
+        ("resnet50", IMAGE, 25_557_032),
+        ("mobilenetv2", IMAGE, 3_504_872),
+        ("vit-b16", IMAGE, 86_567_656),
+        # timm's tables of vit_tiny_patch16_224 and vit_small_patch16_224
+        ("vit-ti16", IMAGE, 5_717_416),
+        ("vit-s16", IMAGE, 22_050_664),
+        # Hugging Face's gpt2, gpt2-medium, gpt2-large, gpt2-xl
+        ("gpt2-small", TOKENS, 124_439_808),
+        ("gpt2-medium", TOKENS, 354_823_168),
+        ("gpt2-large", TOKENS, 774_030_080),
+        ("gpt2-xl", TOKENS, 1_557_611_200),
+    ],
+)
+def test_parameter_count_is_the_published_one(name, x, count):
+    variables = jax.eval_shape(models.create(name).init, jax.random.key(0), x)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == count
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenetv2", "vit-b16"])
+def test_image_classifiers_have_a_thousand_classes(name):
+    y, _ = jax.eval_shape(models.create(name).init_with_output, jax.random.key(0), IMAGE)
+    assert (y.shape, y.dtype) == ((1, 1000), jnp.float32)
+
+
+def test_resnet_halves_the_image_five_times():
+    model = models.create("resnet50")
+    _, state = jax.eval_shape(
+        lambda key, x: model.init_with_output(key, x, capture_intermediates=True),
+        jax.random.key(0),
+        IMAGE,
+    )
+    stages = {
+        name: state["intermediates"][name]["__call__"][0].shape
+        for name in state["intermediates"]
+        if name.startswith("stage")
+    }
+    assert stages["stage1_block3"] == (1, 56, 56, 256)
+    assert stages["stage2_block4"] == (1, 28, 28, 512)
+    assert stages["stage3_block6"] == (1, 14, 14, 1024)
+    assert stages["stage4_block3"] == (1, 7, 7, 2048)
+
+
+def test_resnet_50_strides_in_the_3x3_convolution():
+    """What v1.5 changed: the first 1×1 of a shrinking bottleneck still sees the whole image."""
+    model = models.create("resnet50")
+    _, state = jax.eval_shape(
+        lambda key, x: model.init_with_output(key, x, capture_intermediates=True),
+        jax.random.key(0),
+        IMAGE,
+    )
+    block = state["intermediates"]["stage2_block1"]
+    assert block["conv1"]["__call__"][0].shape == (1, 56, 56, 128)
+    assert block["conv2"]["__call__"][0].shape == (1, 28, 28, 128)
+
+
+def test_mobilenet_multiplier_rounds_channels_to_eight():
+    config = models.MobileNetV2Config(multiplier=0.35)
+    # 0.35 * 24 = 8.4 -> 8; 0.35 * 32 = 11.2 -> 8 would lose more than 10 %, so 16
+    assert [config.scaled(c) for c in (24, 32, 96, 320)] == [8, 16, 32, 112]
+
+
+# --- every family ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_output_shape_and_dtype(family):
+    model, variables, x = initialized(family)
+    y = model.apply(variables, x)
+    assert y.shape == expected_shape(family, x)
+    assert y.dtype == jnp.float32
+    assert np.isfinite(y).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_computes_near_float32_with_float32_parameters(family):
+    model, variables, x = initialized(family)
+    half, _ = models.tiny(family, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.init(jax.random.key(1), x))} == {
+        np.dtype("float32")
+    }
+    exact, rounded = model.apply(variables, x), half.apply(variables, x)
+    assert rounded.dtype == jnp.float32
+    # A bfloat16 has 8 bits: 0.4 % a rounding, and a few tens of roundings follow each other.
+    np.testing.assert_allclose(rounded, exact, atol=0.05 * float(jnp.abs(exact).max()))
+    jaxpr = str(jax.make_jaxpr(half.apply)(variables, x))
+    assert "bf16" in jaxpr and "f64" not in jaxpr
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inference_is_deterministic_and_the_default(family):
+    model, variables, x = initialized(family)
+    y, updates = model.apply(variables, x, mutable=["batch_stats"])
+    np.testing.assert_array_equal(y, model.apply(variables, x, train=False))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        updates,
+        {name: value for name, value in variables.items() if name == "batch_stats"},
+    )
+
+
+@pytest.mark.parametrize("family", WITH_DROPOUT)
+def test_dropout_follows_its_rng(family):
+    model, variables, x = initialized(family, dropout=0.5)
+    first, again, other = (trained_output(model, variables, x, seed)[0] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other)
+
+
+@pytest.mark.parametrize("family", WITH_BATCH_NORM)
+def test_training_moves_the_batch_statistics(family):
+    model, variables, x = initialized(family)
+    _, updates = trained_output(model, variables, x, 0)
+    before, after = variables["batch_stats"], updates["batch_stats"]
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, after)
+    assert all(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(WITH_BATCH_NORM)))
+def test_families_without_batch_norm_have_only_parameters(family):
+    _, variables, _ = initialized(family)
+    assert set(variables) == {"params"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_gets_a_finite_gradient(family):
+    model, variables, x = initialized(family, **({"dropout": 0.0} if family != "resnet" else {}))
+    rest = {name: value for name, value in variables.items() if name != "params"}
+    weights = jax.random.normal(jax.random.key(5), expected_shape(family, x))
+
+    @jax.jit
+    def gradient(params):
+        def loss(params):
+            y, _ = model.apply({"params": params, **rest}, x, train=True, mutable=["batch_stats"])
+            return jnp.sum(weights * jax.nn.log_softmax(y))
+
+        return jax.grad(loss)(params)
+
+    for path, leaf in jax.tree.leaves_with_path(gradient(variables["params"])):
+        assert np.isfinite(leaf).all(), path
+        assert np.any(leaf != 0), path
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_jit_and_vmap_give_the_same_numbers(family):
+    model, variables, _ = initialized(family)
+    x = jnp.stack([example(family, seed=seed) for seed in (2, 3)])
+    expected = jnp.stack([model.apply(variables, x[0]), model.apply(variables, x[1])])
+    mapped = jax.jit(jax.vmap(model.apply, in_axes=(None, 0)))(variables, x)
+    # float32, sums of at most a few hundred terms in another order
+    np.testing.assert_allclose(mapped, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_example_does_not_depend_on_its_neighbours_in_inference(family):
+    model, variables, _ = initialized(family)
+    x = example(family, batch=3)
+    np.testing.assert_allclose(
+        model.apply(variables, x)[:1], model.apply(variables, x[:1]), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_configs_are_frozen_and_hashable(family):
+    model, _ = models.tiny(family)
+    assert hash(model) == hash(models.tiny(family)[0])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        model.config.num_classes = 3
+
+
+# --- what one family promises ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "tanh"])
+def test_mlp_activations(activation):
+    model, variables, x = initialized("mlp", activation=activation, dropout=0.0)
+    params = variables["params"]
+    y = x
+    for layer in ("dense1", "dense2"):
+        y = getattr(jax.nn, activation)(y @ params[layer]["kernel"] + params[layer]["bias"])
+    y = y @ params["head"]["kernel"] + params["head"]["bias"]
+    np.testing.assert_allclose(model.apply(variables, x), y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("position", [1, 7, 15])
+def test_gpt_does_not_see_the_future(position):
+    model, variables, x = initialized("gpt")
+    changed = x.at[:, position].set((x[:, position] + 1) % 32)
+    before, after = model.apply(variables, x), model.apply(variables, changed)
+    np.testing.assert_array_equal(after[:, :position], before[:, :position])
+    assert np.all(np.any(after[:, position:] != before[:, position:], axis=-1))
+
+
+def test_gpt_embeddings_are_tied():
+    model, variables, x = initialized("gpt")
+    params = variables["params"]
+    assert not any("head" in name for name in params)
+    params["token"]["embedding"] = 2 * params["token"]["embedding"][::-1]
+    assert model.apply(variables, x).shape == (2, 16, 32)
+
+
+def test_gpt_reads_shorter_sequences_with_the_same_parameters():
+    model, variables, x = initialized("gpt")
+    np.testing.assert_allclose(
+        model.apply(variables, x[:, :5]), model.apply(variables, x)[:, :5], rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "x",
+    [jnp.zeros((1, 17), jnp.int32), jnp.zeros((1, 16)), jnp.zeros((16,), jnp.int32)],
+    ids=["too long", "not whole numbers", "no batch"],
+)
+def test_gpt_refuses_what_is_no_token_sequence(x):
+    model, variables, _ = initialized("gpt")
+    with pytest.raises(ModelError, match=r"whole numbers \[N, T\], T up to the context of 16") as e:
+        model.apply(variables, x)
+    assert f"got: {x.dtype} {list(x.shape)}" in str(e.value)
+
+
+def test_unet_skips_carry_detail_to_the_output():
+    """With the way down and up cut at the bottom, the output still depends on single pixels."""
+    model, variables, x = initialized("unet")
+    variables["params"]["up1_conv"] = jax.tree.map(jnp.zeros_like, variables["params"]["up1_conv"])
+    changed = x.at[0, 3, 5, 0].add(10.0)
+    difference = jnp.abs(model.apply(variables, changed) - model.apply(variables, x)).sum(-1)
+    assert difference[0, 3, 5] > 0
+    # four 3×3 convolutions at full resolution see four pixels each way
+    rows, columns = np.nonzero(np.asarray(difference[0]))
+    assert (rows.max() <= 7) and (columns.max() <= 9) and np.all(difference[1] == 0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 24), (4, 4)])
+def test_unet_takes_any_multiple(height, width):
+    model, variables, _ = initialized("unet")
+    y = model.apply(variables, jnp.ones((1, height, width, 1)))
+    assert y.shape == (1, height, width, 3)
+
+
+def test_unet_refuses_a_size_whose_skips_would_not_meet():
+    model, variables, _ = initialized("unet")
+    with pytest.raises(ModelError) as e:
+        model.apply(variables, jnp.ones((1, 16, 18, 1)))
+    assert str(e.value) == (
+        "this image cannot be halved 2 times by the U-Net\n"
+        "  expected: [N, H, W, C], H and W multiples of 4\n"
+        "  got: [1, 16, 18, 1]\n"
+        "  to do: pad the images to 16 by 20, or use fewer scales"
+    )
+
+
+def test_vit_refuses_an_image_of_another_size():
+    model, variables, _ = initialized("vit")
+    with pytest.raises(ModelError, match=r"expected: \[N, 16, 16, C\]\n  got: \[1, 32, 16, 3\]"):
+        model.apply(variables, jnp.ones((1, 32, 16, 3)))
+
+
+@pytest.mark.parametrize("config", [models.ViTConfig, models.GPTConfig])
+def test_heads_must_share_the_width(config):
+    with pytest.raises(ModelError, match="width=100 cannot be shared by heads=12") as e:
+        config(width=100, heads=12)
+    assert "to do: take width=96" in str(e.value)
+
+
+# --- the registry ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_every_name_gives_a_module_of_its_dtype(name):
+    assert models.create(name, dtype=jnp.bfloat16).dtype == jnp.bfloat16
+
+
+def test_overrides_replace_fields_of_the_preset():
+    model = models.create("resnet50", num_classes=10)
+    assert model.config == models.ResNetConfig.resnet50(num_classes=10)
+
+
+def test_an_unknown_name_lists_the_known_ones_nearest_first():
+    with pytest.raises(ModelError) as e:
+        models.create("gpt2_small")
+    expected = e.value.expected
+    assert expected is not None and expected.startswith("one of gpt2-small, ")
+    assert all(name in expected for name in models.names())
+    with pytest.raises(ModelError, match="to do: take 'resnet'"):
+        models.tiny("resnet50")
+
+
+def test_an_unknown_setting_lists_the_known_ones_nearest_first():
+    with pytest.raises(ModelError, match="expected: one of num_classes, ") as e:
+        models.create("resnet50", classes=10)
+    assert "'resnet50' has no setting 'classes'" in str(e.value)

@@ -1,7 +1,21 @@
 """Training: the state, the step, the losses, and a loop to copy."""
 
+from fastgpu.training.data import ArrayBatches
+from fastgpu.training.evaluation import evaluate, predict
+from fastgpu.training.loop import FitResult, fit
 from fastgpu.training.losses import SupervisedLoss, supervised_loss
 from fastgpu.training.state import TrainState
 from fastgpu.training.step import TrainStep, train_step
 
-__all__ = ["SupervisedLoss", "TrainState", "TrainStep", "supervised_loss", "train_step"]
+__all__ = [
+    "ArrayBatches",
+    "FitResult",
+    "SupervisedLoss",
+    "TrainState",
+    "TrainStep",
+    "evaluate",
+    "fit",
+    "predict",
+    "supervised_loss",
+    "train_step",
+]

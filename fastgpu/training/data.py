@@ -3,7 +3,8 @@
 `data` is one of
 - a dict of arrays with one leading axis, `{"inputs": x, "labels": y}`, cut into batches here;
 - an iterable of batches that can be read again each epoch (a list, a `tf.data` dataset, a loader);
-- a callable that takes the epoch's number and returns an iterable of batches.
+- a callable that takes the epoch's number and returns an iterable of batches;
+- an object with the methods of `Batches`, such as `ArrayBatches`.
 A batch's place is (epoch, batch in epoch): all that a resumed run needs to go on where it was.
 """
 
@@ -11,7 +12,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from fastgpu.errors import BatchError
 from fastgpu.training.leaves import is_array, leaf_type
 
 
+@runtime_checkable
 class Batches(Protocol):
     """A source of epochs of batches."""
 
@@ -123,7 +125,7 @@ def batches_of(
 ) -> Batches:
     """`data` (see this module) as a source of batches.
 
-    Raises `BatchError` if it is none of the three kinds, if a dict of arrays comes without
+    Raises `BatchError` if it is none of these kinds, if a dict of arrays comes without
     `batch_size`, or other data with one.
     """
     if isinstance(data, Mapping):
@@ -135,6 +137,8 @@ def batches_of(
                 fix="pass batch_size=32, or an iterable of batches in place of the dict",
             )
         return ArrayBatches(dict(data), batch_size, seed, shuffle, drop_remainder)
+    if batch_size is None and isinstance(data, Batches):
+        return data
     if not isinstance(data, Iterable) and not callable(data):
         raise BatchError(
             "the data cannot be read",

@@ -6,7 +6,6 @@ import os
 import resource
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +59,14 @@ class Interval:
             self._settled.append({name: float(value) for name, value in metrics.items()})
         self._pending.clear()
 
-    def row(self, step: int, epoch: int, state: Any) -> Row:
-        """The means since the last row, and speed and memory. Starts the next interval."""
+    def row(self, step: int, epoch: int, state: Any) -> Row | None:
+        """The means since the last row, and speed and memory; None if there was no step.
+
+        Starts the next interval.
+        """
         self.settle()
+        if not self._settled:
+            return None
         seconds = time.perf_counter() - self._start
         names = {name: None for metrics in self._settled for name in metrics}
         row: Row = {"step": step, "epoch": epoch}

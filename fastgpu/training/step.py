@@ -90,16 +90,14 @@ class TrainStep:
             return self._jitted(state, batch)
         if self.recompile == "error":
             self._check_batch(batch, leaves, tree)
-        if _is_deleted(state.step):
-            raise _donated("state")
+        require_alive("state", state.step)
         if self._cache_size() == 0:
             state = strong(state)
         try:
             return self._jitted(state, batch)
         except ValueError:
             for name, arg in (("state", state), ("batch", batch)):
-                if any(map(_is_deleted, jax.tree.leaves(arg))):
-                    raise _donated(name) from None
+                require_alive(name, arg)
             raise
 
     def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
@@ -244,15 +242,17 @@ def _changed_batch(path: str, expected: str, got: str) -> BatchError:
     )
 
 
+def require_alive(name: str, tree: Any) -> None:
+    """Raise `FastGPUError` if an array of `tree` was donated to a step before."""
+    if any(map(_is_deleted, jax.tree.leaves(tree))):
+        raise FastGPUError(
+            f"the {name} was already used up: a step donates the state it is given, "
+            "so that the memory can be used again",
+            expected=f"a {name} whose arrays are alive, such as the state of the last step",
+            got=f"a {name} with deleted arrays",
+            fix="write `state, metrics = step(state, batch)`; or use train_step(..., donate=False)",
+        )
+
+
 def _is_deleted(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted()
-
-
-def _donated(name: str) -> FastGPUError:
-    return FastGPUError(
-        f"the {name} given to the step was already used up: a step donates its state, "
-        "so that the memory can be used again",
-        expected=f"a {name} whose arrays are alive, such as the one that the last step returned",
-        got=f"a {name} with deleted arrays",
-        fix="write `state, metrics = step(state, batch)`; or pass train_step(..., donate=False)",
-    )

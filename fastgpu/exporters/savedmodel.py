@@ -250,7 +250,7 @@ def _write(
     tf: Any, lowered: Sequence[_Lowered], weights: Any, platforms: tuple[str, ...], folder: Path
 ) -> None:
     root = tf.Module()
-    root.weights = jax.tree.leaves(weights)
+    root.model_variables = jax.tree.leaves(weights)
     functions = {s.name: _tf_function(tf, s, weights, platforms) for s in lowered}
     tf.saved_model.save(root, os.fspath(folder), signatures=functions)
 

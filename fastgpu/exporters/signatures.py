@@ -68,10 +68,8 @@ def input_specs(module_or_fn: Any, inputs: Any) -> tuple[InputSpec, ...]:
     >>> [str(spec) for spec in input_specs(None, [(None, 8), ((None, "time"), "int32")])]
     ['float32[batch, 8]', 'int32[batch, time]']
     """
-    names: Sequence[str] | None = None
     if inputs is None:
         inputs = getattr(module_or_fn, "input_specs", None)
-        names = getattr(module_or_fn, "input_names", None)
     if inputs is None:
         raise ExportError(
             f"the inputs of {type(module_or_fn).__name__!r} are not known",
@@ -83,7 +81,7 @@ def input_specs(module_or_fn: Any, inputs: Any) -> tuple[InputSpec, ...]:
         names, entries = list(inputs), list(inputs.values())
     else:
         entries = [inputs] if _is_one_input(inputs) else list(inputs)
-    names = list(names) if names else [f"input_{index}" for index in range(len(entries))]
+        names = [getattr(e, "name", None) or f"input_{index}" for index, e in enumerate(entries)]
     return tuple(
         _input_spec(name, index, entry)
         for index, (name, entry) in enumerate(zip(names, entries, strict=True))
@@ -96,13 +94,14 @@ def sample_arrays(specs: Sequence[InputSpec], inputs: Any, sample: Any) -> tuple
     if isinstance(given, Mapping):
         given = list(given.values())
     entries = (given,) if _is_array(given) else tuple(given or ())
-    if not entries or not all(map(_is_array, entries)):
-        if sample is None:
-            return None
+    if sample is None and not (entries and all(map(_is_array, entries))):
+        return None
+    if len(entries) != len(specs) or not all(map(_is_array, entries)):
         raise ExportError(
-            "the sample is not made of arrays",
-            expected="one array per input, with the batch on the first axis",
+            "the sample is not made of one array per input",
+            expected=f"{len(specs)} arrays, with the batch on the first axis",
             got=", ".join(type(entry).__name__ for entry in entries) or "nothing",
+            fix=f"pass sample=({', '.join(f'<{spec.name}>' for spec in specs)},)",
         )
     arrays = tuple(
         np.asarray(entry).astype(spec.dtype) for entry, spec in zip(entries, specs, strict=True)

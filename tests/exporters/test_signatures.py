@@ -1,5 +1,7 @@
 """How inputs may be given, and what inputs and outputs are called."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,7 @@ def _texts(inputs):
         (((None, 9), "int32"), ["input_0: int32[batch, 9]"]),
         (((None, 9), (None, 4)), ["input_0: float32[batch, 9]", "input_1: float32[batch, 4]"]),
         ([((None, None), jnp.bfloat16)], ["input_0: bfloat16[batch, d0_1]"]),
-        ([(None, "time"), ("n", "time")], ["input_0: float32[batch, time]", "input_1: float32[n, time]"]),
+        ([(None, "t"), ("n", "t")], ["input_0: float32[batch, t]", "input_1: float32[n, t]"]),
         ([jax.ShapeDtypeStruct((8, 3), jnp.int32)], ["input_0: int32[8, 3]"]),
         ([jax.ShapeDtypeStruct((None, 3), jnp.int32)], ["input_0: int32[batch, 3]"]),
         (np.zeros((8, 3), np.float64), ["input_0: float32[batch, 3]"]),
@@ -38,12 +40,12 @@ def test_inputs_are_given_as_shapes_structs_or_arrays(inputs, expected):
 
 
 def test_a_module_that_knows_its_inputs_needs_no_others():
-    class Known:
-        input_specs = (jax.ShapeDtypeStruct((None, 5), jnp.float32),)
-        input_names = ("image",)
-
-    assert [(s.name, str(s)) for s in input_specs(Known(), None)] == [
-        ("image", "float32[batch, 5]")
+    image = SimpleNamespace(name="image", shape=(None, 5), dtype="float32")
+    mask = SimpleNamespace(name="mask", shape=(None, None), dtype="bool")
+    module = SimpleNamespace(input_specs=(image, mask))
+    assert [f"{spec.name}: {spec}" for spec in input_specs(module, None)] == [
+        "image: float32[batch, 5]",
+        "mask: bool[batch, d1_1]",
     ]
 
 
@@ -70,8 +72,10 @@ def test_a_sample_must_fit_the_inputs():
         sample_arrays(specs, None, np.ones((7, 4), np.float32))
     assert "expected: float32[batch, 3]" in str(caught.value)
     assert "got: float32[7, 4]" in str(caught.value)
-    with pytest.raises(ExportError, match="not made of arrays"):
+    with pytest.raises(ExportError, match="one array per input"):
         sample_arrays(specs, None, ["x"])
+    with pytest.raises(ExportError, match="expected: 1 arrays"):
+        sample_arrays(specs, None, [np.ones((7, 3)), np.ones((7, 3))])
 
 
 def test_outputs_are_named_by_key_or_position():

@@ -1,4 +1,4 @@
-"""The export pass: the nine operations that TensorFlow cannot read, and those it has no code for."""
+"""The export pass: nine operations that TensorFlow cannot read, and those it has no code for."""
 
 import re
 
@@ -17,8 +17,8 @@ from fastgpu.exporters.tensorflow_ops import refuse_unknown_calls, runnable_in_t
 _RNG = np.random.default_rng(0)
 _ENDS = [0.0, -0.0, np.nan]
 _WIDE = np.concatenate(
-    [*(_RNG.normal(size=500) * scale for scale in (1e-30, 1e-6, 1e-3, 0.1, 1, 10, 80)), _ENDS]
-    + [[np.inf, -np.inf, 88.9, -88.9, 1e30]]
+    [_RNG.normal(size=500) * scale for scale in (1e-30, 1e-6, 1e-3, 0.1, 1, 10, 80)]
+    + [_ENDS, [np.inf, -np.inf, 88.9, -88.9, 1e30]]
 )
 _UNIT = np.concatenate(
     [_RNG.uniform(-1, 1, 2000), 1 - 10 ** _RNG.uniform(-7, -1, 500), _ENDS, [1, -1, 1.5, -1.5]]

@@ -150,7 +150,7 @@ def _arrays(state: Any) -> dict[str, np.ndarray]:
 
 def _crc32(array: np.ndarray) -> int:
     """The files have no checksum of the arrays, and a flipped bit would go unseen."""
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _read_state(run_dir: Path, step: int, state: Any, crc32: dict[str, int]) -> Any:

@@ -65,7 +65,7 @@ def evaluate(
         sums(variables, batch)
         for batch in prefetch(batch for batch, _ in padded(batches.epoch(0), pad=pad))
     ]
-    totals = jax.tree.map(lambda *values: np.sum(np.float64(values)), *jax.device_get(parts))
+    totals = jax.tree.map(lambda *values: np.sum(values, dtype=np.float64), *jax.device_get(parts))
     return {name: float(total / weight) for name, (total, weight) in totals.items()}
 
 

@@ -141,6 +141,13 @@ def fit(
             record.interval.restart_clock()
             return path
 
+        def stop_if_interrupted() -> None:
+            if interrupt.requested:
+                path = save()
+                where = f"saved {path}" if path else "nothing was saved, there is no run_dir"
+                record.say(f"interrupted after step {number}; {where}")
+                raise KeyboardInterrupt(f"after step {number}; {where}")
+
         while (epochs is None or epoch < epochs) and number != last:
             for batch in prefetch(batches.epoch(epoch, skip=index)):
                 began = time.perf_counter()
@@ -152,11 +159,7 @@ def fit(
                     seconds = time.perf_counter() - began
                     record.say(f"first step, compilation included: {seconds:.1f} s")
                     record.interval.restart_clock()
-                if interrupt.requested:
-                    path = save()
-                    where = f"saved {path}" if path else "nothing was saved, there is no run_dir"
-                    record.say(f"interrupted after step {number}; {where}")
-                    raise KeyboardInterrupt(f"after step {number}; {where}")
+                stop_if_interrupted()
                 if number == last:
                     break
                 evaluated = bool(eval_every) and number % eval_every == 0
@@ -171,9 +174,11 @@ def fit(
                 epoch, index = epoch + 1, 0
                 if not checkpoint_every:
                     save()
+                stop_if_interrupted()
         if number > start:
             report(evaluated=True)
             save()
+        stop_if_interrupted()
     return FitResult(state, record.rows)
 
 

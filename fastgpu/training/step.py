@@ -81,6 +81,7 @@ class TrainStep:
         self.donate, self.recompile = donate, recompile
         self._first_batch: tuple[dict[str, str], Any] | None = None
         self._known_batches: set[tuple[Any, ...]] = set()
+        self._fresh = True
         self._jitted = jax.jit(self._build(), donate_argnums=(0,) if donate else ())
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
@@ -91,14 +92,16 @@ class TrainStep:
         if self.recompile == "error":
             self._check_batch(batch, leaves, tree)
         require_alive("state", state.step)
-        if self._cache_size() == 0:
+        if self._fresh:  # afterwards states come from a step, which makes strong types only
             state = strong(state)
         try:
-            return self._jitted(state, batch)
+            result = self._jitted(state, batch)
         except ValueError:
             for name, arg in (("state", state), ("batch", batch)):
                 require_alive(name, arg)
             raise
+        self._fresh = False
+        return result
 
     def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
         """Trace and lower for these shapes (arrays or `jax.ShapeDtypeStruct`), without running."""

@@ -1,0 +1,252 @@
+"""From the config of a Keras model to a graph: layers, their options, and who calls whom.
+
+Nothing is imported or executed that a config names: a layer becomes a rule of the table, something
+from `custom_objects`, or a refusal. All refusals are raised together, before any weight is read.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastgpu.errors import FileError, UnsupportedLayerError
+from fastgpu.importers.imported import ImportReport
+from fastgpu.importers.keras.calls import order_calls, read_calls, read_structure
+from fastgpu.importers.keras.dtypes import Policy
+from fastgpu.importers.keras.graph import Call, Graph, Input, Placed, Structure, Tensor
+from fastgpu.importers.keras.layers import OPERATIONS, TABLE
+from fastgpu.importers.keras.layers.core import Identity
+from fastgpu.importers.keras.layers.layer import Function, Layer, Path
+from fastgpu.importers.keras.layers.operations import Operation
+from fastgpu.importers.keras.options import OptionReader
+
+Config = Mapping[str, Any]
+_FUNCTIONAL = ("Functional", "Model")
+_MODELS = (*_FUNCTIONAL, "Sequential")
+_DEEPEST = 32
+_REASONS = {
+    "Lambda": "holds Python bytecode, which is never run",
+    "TFOpLambda": "a TensorFlow operation recorded by Keras 2",
+    "SlicingOpLambda": "a TensorFlow operation recorded by Keras 2",
+}
+
+
+def read_graph(
+    config: Config, custom_objects: Mapping[str, Any], keras_version: str, report: ImportReport
+) -> Graph:
+    """The graph that `config`, a serialized Sequential or Functional model, describes.
+
+    Raises `UnsupportedLayerError` naming every layer, option or policy that has no equal.
+    """
+    reader = ArchitectureReader(custom_objects, keras_version.startswith(("1.", "2.")), report)
+    graph = reader.read_top(config)
+    if reader.refused:
+        raise UnsupportedLayerError(
+            f"{report.source}: {len(reader.refused)} of its layers cannot be imported",
+            expected="classes and options of fastgpu.importers.keras.layers.TABLE",
+            got="; ".join(reader.refused),
+            fix="pass custom_objects={name or class: replacement}: a function of the layer's "
+            "inputs, or a fastgpu.importers.keras.layers.Layer subclass if it has weights",
+        )
+    return graph
+
+
+@dataclass
+class ArchitectureReader:
+    """Walks a config once, depth first, in the order in which Keras saves the weights."""
+
+    custom_objects: Mapping[str, Any]
+    keras_2: bool
+    report: ImportReport
+    refused: list[str] = field(default_factory=list)
+    shared_paths: dict[int, Path] = field(default_factory=dict)
+
+    def read_top(self, entry: Config) -> Graph:
+        """The outermost model; a subclassed one may be declared in `custom_objects`."""
+        class_name = self._alias(entry["class_name"])
+        if class_name not in _MODELS or not isinstance(entry["config"], dict | list):
+            self.refused.append(f"{entry['class_name']} (a subclassed model is code, not a graph)")
+            return Graph("", (), Structure.of([]), (), (), Structure.of([]))
+        return self._model(class_name, entry["config"], (), frozen=False)
+
+    def _alias(self, class_name: str) -> str:
+        """A built-in class that `custom_objects` says to use in the place of another."""
+        replacement = self.custom_objects.get(class_name)
+        return replacement if isinstance(replacement, str) else class_name
+
+    def _model(self, class_name: str, config: Any, path: Path, frozen: bool) -> Graph:
+        if len(path) > _DEEPEST:
+            raise FileError(f"models nested deeper than {_DEEPEST}: {'/'.join(path)}")
+        if isinstance(config, list):  # Keras before 2.3 wrote a Sequential as a bare list.
+            config = {"name": "sequential", "layers": config}
+        frozen = frozen or config.get("trainable") is False
+        if class_name == "Sequential":
+            return self._sequential(config, path, frozen)
+        return self._functional(config, path, frozen)
+
+    def _sequential(self, config: Config, path: Path, frozen: bool) -> Graph:
+        entries = list(config["layers"])
+        if entries and entries[0]["class_name"] == "InputLayer":
+            spec = self._input(entries.pop(0), path)
+        else:
+            spec = _implied_input(config, entries)
+        layers, calls = [], []
+        tensor = Tensor(spec.name, 0, 0)
+        last: Any = tensor
+        for entry in entries:
+            placed = self._place(entry, path, frozen)
+            layers.append(placed)
+            calls.append(Call(placed.name, 0, Structure.of([last])))
+            last = Tensor(placed.name, 0, 0)
+            if isinstance(placed.layer, Graph):
+                last = placed.layer.outputs.relabel(placed.name)
+        _unique([spec.name, *(layer.name for layer in layers)])
+        return Graph(
+            config["name"],
+            (spec,),
+            Structure.of([tensor]),
+            tuple(layers),
+            tuple(calls),
+            Structure.of(last),
+        )
+
+    def _functional(self, config: Config, path: Path, frozen: bool) -> Graph:
+        inputs: dict[str, Input] = {}
+        layers: dict[str, Placed] = {}
+        for entry in config["layers"]:
+            if entry["class_name"] == "InputLayer":
+                spec = self._input(entry, path)
+                inputs[spec.name] = spec
+            else:
+                placed = self._place(entry, path, frozen)
+                layers[placed.name] = placed
+        if len(inputs) + len(layers) < len(config["layers"]):
+            _unique([entry.get("name", entry["config"]["name"]) for entry in config["layers"]])
+        input_structure = read_structure(config["input_layers"], {})
+        models = {
+            name: placed.class_name
+            for name, placed in layers.items()
+            if isinstance(placed.layer, Graph)
+        }
+        calls, offsets, problems = read_calls(config["layers"], models)
+        self.refused += problems
+        outputs = read_structure(config["output_layers"], offsets)
+        if isinstance(outputs, list | tuple) and len(outputs) == 1:
+            outputs = outputs[0]
+        structure = Structure.of(input_structure)
+        unknown = [leaf.layer for leaf in structure.leaves if leaf.layer not in inputs]
+        if unknown:
+            raise FileError(f"inputs {unknown} of model {config['name']!r} are no input layers")
+        produced = Structure.of(outputs)
+        return Graph(
+            config["name"],
+            tuple(inputs[leaf.layer] for leaf in structure.leaves),
+            structure,
+            tuple(layers.values()),
+            order_calls(calls, set(inputs), produced),
+            produced,
+        )
+
+    def _input(self, entry: Config, path: Path) -> Input:
+        config = entry["config"]
+        name = config.get("name") or entry["name"]
+        shape = config.get("batch_shape", config.get("batch_input_shape"))
+        for option in ("sparse", "ragged", "optional"):
+            if config.get(option):
+                self._refuse((*path, name), "InputLayer", f"option {option}=True")
+        dtype = Policy.from_config(config.get("dtype")).compute_dtype
+        return Input(name, tuple(shape) if shape else (), dtype)
+
+    def _place(self, entry: Config, path: Path, frozen: bool) -> Placed:
+        """One entry of `layers`; what is refused is noted and replaced by an identity."""
+        config, class_name = entry["config"], entry["class_name"]
+        name = entry.get("name") or (config["name"] if isinstance(config, dict) else "sequential")
+        path = self.shared_paths.setdefault(entry.get("shared_object_id", id(entry)), (*path, name))
+        if isinstance(config, dict):
+            frozen = frozen or config.get("trainable") is False
+        policy, layer = Policy(), Identity()
+        try:
+            layer = self._layer(entry, name, path, frozen)
+            if isinstance(layer, Layer) and isinstance(config, dict):
+                policy = Policy.from_config(config.get("dtype"))
+        except UnsupportedLayerError as error:
+            self._refuse(path, class_name, error.summary)
+        else:
+            self.report.add("layer", "/".join(path), "mapped", class_name)
+        return Placed(name, class_name, path, layer, policy, frozen)
+
+    def _layer(self, entry: Config, name: str, path: Path, frozen: bool) -> Layer | Graph:
+        config, class_name = entry["config"], entry["class_name"]
+        custom = self.custom_objects.get(name, self.custom_objects.get(class_name))
+        if custom is not None and not isinstance(custom, str):
+            return self._custom(custom, config, path)
+        class_name = custom or class_name
+        if custom is None and not _is_builtin(entry):
+            raise UnsupportedLayerError(f"a custom class of {entry.get('module')!r}")
+        if class_name in _MODELS:
+            return self._model(class_name, config, path, frozen)
+        if _is_operation(entry):
+            return _operation(class_name, config)
+        if class_name not in TABLE:
+            raise UnsupportedLayerError(_REASONS.get(class_name, "no such layer in the table"))
+        return self._options(path).build(TABLE[class_name], config)
+
+    def _custom(self, custom: Any, config: Config, path: Path) -> Layer:
+        if isinstance(custom, Layer):
+            return custom
+        if isinstance(custom, type) and issubclass(custom, Layer):
+            return self._options(path).build(custom, config)
+        if callable(custom):
+            return Function(function=custom)
+        raise UnsupportedLayerError(f"custom_objects gives {custom!r}, no function and no Layer")
+
+    def _options(self, path: Path) -> OptionReader:
+        def note(option: str, reason: str) -> None:
+            self.report.add("option", "/".join((*path, option)), "ignored", reason)
+
+        return OptionReader(self.custom_objects, self.keras_2, note)
+
+    def _refuse(self, path: Path, class_name: str, reason: str) -> None:
+        self.refused.append(f"{'/'.join(path)!r} ({class_name}: {reason})")
+
+
+def _is_builtin(entry: Config) -> bool:
+    """Whether a class is Keras's own; files of the older format do not say, and mean Keras."""
+    module = entry.get("module")
+    package = str(entry.get("registered_name") or "")
+    if module is None:
+        return ">" not in package
+    return str(module).split(".")[0] in ("keras", "tf_keras")
+
+
+def _is_operation(entry: Config) -> bool:
+    """Whether an entry is a `keras.ops` call; older files tell it only by what it lacks."""
+    if entry.get("module") is not None:
+        return str(entry["module"]).startswith(("keras.src.ops", "keras.ops"))
+    return not {"trainable", "dtype"} & set(entry["config"])
+
+
+def _operation(class_name: str, config: Config) -> Operation:
+    if class_name not in OPERATIONS:
+        raise UnsupportedLayerError("no such keras.ops function in the table")
+    options = sorted(set(config) - {"name", "dtype", "trainable"})
+    if options:
+        raise UnsupportedLayerError(f"option {options[0]}={config[options[0]]!r}")
+    return Operation(name=class_name)
+
+
+def _implied_input(config: Config, entries: list[Config]) -> Input:
+    """The input of a Sequential that has no input layer: its first layer or the build shape."""
+    first = entries[0]["config"] if entries and isinstance(entries[0]["config"], dict) else {}
+    shape = (
+        first.get("batch_input_shape")
+        or first.get("batch_shape")
+        or config.get("build_input_shape")
+    )
+    dtype = Policy.from_config(first.get("dtype")).compute_dtype if "dtype" in first else "float32"
+    return Input("(input)", tuple(shape) if shape else (), dtype)
+
+
+def _unique(names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise FileError(f"two layers of one model are called {name!r}")

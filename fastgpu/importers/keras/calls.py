@@ -1,0 +1,132 @@
+"""Inbound nodes: which layer is called on which tensors, in the formats of Keras 2 and 3."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fastgpu.errors import FileError
+from fastgpu.importers.keras.graph import Call, Structure, Tensor
+
+Config = Mapping[str, Any]
+
+
+def read_structure(nested: Any, offsets: Mapping[str, int]) -> Any:
+    """`input_layers` or `output_layers`: the same structure with a `Tensor` for each triple.
+
+    >>> read_structure({"y": ["dense", 0, 0]}, {})
+    {'y': Tensor(layer='dense', call=0, index=0)}
+    """
+    if isinstance(nested, dict):
+        return {key: read_structure(value, offsets) for key, value in nested.items()}
+    if len(nested) == 3 and isinstance(nested[0], str):
+        name, call, index = nested
+        return Tensor(name, int(call) - offsets.get(name, 0), int(index))
+    return [read_structure(item, offsets) for item in nested]
+
+
+def read_calls(
+    entries: Sequence[Config], models: Mapping[str, str]
+) -> tuple[list[Call], dict[str, int], list[str]]:
+    """All calls in a functional model, the offsets of `output_layers`, and what is refused.
+
+    `models` gives the class of every nested model. Keras numbers the calls of a nested model from
+    one where it counts the model's own construction as a call: Keras 2 everywhere (a Sequential
+    only if it declares its input), Keras 3 only for Functional models in `output_layers`.
+    """
+    legacy = any(isinstance(node, list) for entry in entries for node in entry["inbound_nodes"])
+    offsets = {
+        entry_name(entry): 1
+        for entry in entries
+        if entry_name(entry) in models
+        and (models[entry_name(entry)] != "Sequential" or (legacy and _declares_input(entry)))
+    }
+    calls, problems = [], []
+    for entry in entries:
+        name = entry_name(entry)
+        for number, node in enumerate(entry["inbound_nodes"]):
+            if isinstance(node, list):
+                args, kwargs = _legacy_node(node, offsets)
+            else:
+                args, kwargs = _decode(node["args"]), _decode(node.get("kwargs") or {})
+            if not args and "inputs" in kwargs:
+                args = [kwargs.pop("inputs")]
+            training = kwargs.pop("training", None)
+            unknown = sorted(key for key, value in kwargs.items() if value is not None)
+            if unknown or training not in (None, True, False):
+                problems.append(f"{name!r} ({entry['class_name']}: call argument {unknown})")
+            calls.append(Call(name, number, Structure.of(args), training))
+    return calls, offsets, problems
+
+
+def entry_name(entry: Config) -> str:
+    """The name of an entry of `layers`."""
+    return entry.get("name") or entry["config"]["name"]
+
+
+def _declares_input(entry: Config) -> bool:
+    layers = entry["config"] if isinstance(entry["config"], list) else entry["config"]["layers"]
+    first = layers[0] if layers else {"class_name": "", "config": {}}
+    return first["class_name"] == "InputLayer" or "batch_input_shape" in first["config"]
+
+
+def _legacy_node(node: list[Any], offsets: Mapping[str, int]) -> tuple[list[Any], dict[str, Any]]:
+    """Keras 2: a list of [layer, call, index, kwargs]; one tensor is not wrapped in a list."""
+    tensors = [Tensor(n, int(call) - offsets.get(n, 0), int(i)) for n, call, i, *_ in node]
+    kwargs = dict(node[0][3]) if node and len(node[0]) > 3 else {}
+    return [tensors[0] if len(tensors) == 1 else tensors], kwargs
+
+
+def _decode(value: Any) -> Any:
+    """Keras 3: nested JSON in which tensors are objects and numbers stand for themselves."""
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.get("class_name") == "__keras_tensor__":
+        name, call, index = value["config"]["keras_history"]
+        return Tensor(str(name), int(call), int(index))
+    if "class_name" in value:
+        raise FileError(
+            f"a layer is called with an object of class {value['class_name']!r}",
+            expected="tensors, numbers, and lists or dicts of them",
+            fix="compute the constant in a layer, or pass it as an input",
+        )
+    return {key: _decode(item) for key, item in value.items()}
+
+
+def order_calls(calls: Iterable[Call], inputs: set[str], outputs: Structure) -> tuple[Call, ...]:
+    """The calls in an order that can run, as close to the file's as possible.
+
+    Raises `FileError` for a tensor that nobody produces, and for loops.
+    """
+    by_key = {(call.layer, call.number): call for call in calls}
+    ordered: list[Call] = []
+    state: dict[tuple[str, int], str] = {}
+    for start in [*by_key, *(_key(leaf) for leaf in _tensors(outputs))]:
+        stack = [start]
+        while stack:  # An explicit stack: a network may be deeper than Python's recursion limit.
+            key = stack[-1]
+            if key[0] in inputs or state.get(key) == "done":
+                stack.pop()
+            elif key not in by_key:
+                raise FileError(
+                    f"the graph refers to call {key[1]} of layer {key[0]!r}, which it does not hold"
+                )
+            elif state.get(key) == "open":
+                state[key] = "done"
+                ordered.append(by_key[stack.pop()])
+            else:
+                state[key] = "open"
+                parents = [_key(leaf) for leaf in _tensors(by_key[key].inputs)]
+                waiting = [parent for parent in parents if state.get(parent) != "done"]
+                if any(state.get(parent) == "open" for parent in waiting):
+                    raise FileError(f"layer {key[0]!r} depends on its own output")
+                stack += reversed(waiting)
+    return tuple(ordered)
+
+
+def _tensors(structure: Structure) -> list[Tensor]:
+    return [leaf for leaf in structure.leaves if isinstance(leaf, Tensor)]
+
+
+def _key(tensor: Tensor) -> tuple[str, int]:
+    return tensor.layer, tensor.call

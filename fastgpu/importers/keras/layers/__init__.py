@@ -1,0 +1,127 @@
+"""The table of Keras layers: every class that fastgpu has an equal of, and its rule."""
+
+from fastgpu.importers.keras.layers.applications import CustomScaleLayer, LayerScale
+from fastgpu.importers.keras.layers.convolution import Conv, DepthwiseConv, SeparableConv
+from fastgpu.importers.keras.layers.core import (
+    ELU,
+    ActivationLayer,
+    Dense,
+    Embedding,
+    Identity,
+    LeakyReLU,
+    PReLU,
+    ReLU,
+    Rescaling,
+    Softmax,
+)
+from fastgpu.importers.keras.layers.layer import Layer
+from fastgpu.importers.keras.layers.merging import (
+    Add,
+    Average,
+    Concatenate,
+    Maximum,
+    Minimum,
+    Multiply,
+    Subtract,
+)
+from fastgpu.importers.keras.layers.normalization import (
+    BatchNormalization,
+    LayerNormalization,
+    Normalization,
+)
+from fastgpu.importers.keras.layers.operations import OPERATIONS
+from fastgpu.importers.keras.layers.pooling import (
+    AveragePooling,
+    GlobalAveragePooling,
+    GlobalMaxPooling,
+    MaxPooling,
+)
+from fastgpu.importers.keras.layers.regularization import (
+    Dropout,
+    GaussianDropout,
+    GaussianNoise,
+    SpatialDropout,
+)
+from fastgpu.importers.keras.layers.reshaping import (
+    Cropping,
+    Flatten,
+    Permute,
+    RepeatVector,
+    Reshape,
+    UpSampling,
+    ZeroPadding,
+)
+
+TABLE: dict[str, type[Layer]] = {
+    # core
+    "Dense": Dense,
+    "Embedding": Embedding,
+    "Identity": Identity,
+    # convolution
+    "Conv1D": Conv,
+    "Conv2D": Conv,
+    "Conv3D": Conv,
+    "DepthwiseConv1D": DepthwiseConv,
+    "DepthwiseConv2D": DepthwiseConv,
+    "SeparableConv1D": SeparableConv,
+    "SeparableConv2D": SeparableConv,
+    # normalization
+    "BatchNormalization": BatchNormalization,
+    "LayerNormalization": LayerNormalization,
+    "Normalization": Normalization,
+    "Rescaling": Rescaling,
+    # activation
+    "Activation": ActivationLayer,
+    "ELU": ELU,
+    "LeakyReLU": LeakyReLU,
+    "PReLU": PReLU,
+    "ReLU": ReLU,
+    "Softmax": Softmax,
+    # merging
+    "Add": Add,
+    "Average": Average,
+    "Concatenate": Concatenate,
+    "Maximum": Maximum,
+    "Minimum": Minimum,
+    "Multiply": Multiply,
+    "Subtract": Subtract,
+    # pooling
+    "AveragePooling1D": AveragePooling,
+    "AveragePooling2D": AveragePooling,
+    "AveragePooling3D": AveragePooling,
+    "GlobalAveragePooling1D": GlobalAveragePooling,
+    "GlobalAveragePooling2D": GlobalAveragePooling,
+    "GlobalAveragePooling3D": GlobalAveragePooling,
+    "GlobalMaxPooling1D": GlobalMaxPooling,
+    "GlobalMaxPooling2D": GlobalMaxPooling,
+    "GlobalMaxPooling3D": GlobalMaxPooling,
+    "MaxPooling1D": MaxPooling,
+    "MaxPooling2D": MaxPooling,
+    "MaxPooling3D": MaxPooling,
+    # reshaping
+    "Cropping1D": Cropping,
+    "Cropping2D": Cropping,
+    "Cropping3D": Cropping,
+    "Flatten": Flatten,
+    "Permute": Permute,
+    "RepeatVector": RepeatVector,
+    "Reshape": Reshape,
+    "UpSampling1D": UpSampling,
+    "UpSampling2D": UpSampling,
+    "UpSampling3D": UpSampling,
+    "ZeroPadding1D": ZeroPadding,
+    "ZeroPadding2D": ZeroPadding,
+    "ZeroPadding3D": ZeroPadding,
+    # regularization
+    "Dropout": Dropout,
+    "GaussianDropout": GaussianDropout,
+    "GaussianNoise": GaussianNoise,
+    "SpatialDropout1D": SpatialDropout,
+    "SpatialDropout2D": SpatialDropout,
+    "SpatialDropout3D": SpatialDropout,
+    # private to keras.applications
+    "CustomScaleLayer": CustomScaleLayer,
+    "LayerScale": LayerScale,
+}
+
+__all__ = ["OPERATIONS", "TABLE", "Layer"]

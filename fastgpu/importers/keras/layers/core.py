@@ -1,0 +1,167 @@
+"""Dense, Embedding, activations and rescaling."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax, nn
+
+from fastgpu.importers.keras.layers.activations import LINEAR, Activation
+from fastgpu.importers.keras.layers.initializers import (
+    GLOROT_UNIFORM,
+    RANDOM_UNIFORM,
+    ZEROS,
+    Initializer,
+)
+from fastgpu.importers.keras.layers.layer import ANY, Layer, LayerState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity(Layer):
+    """Identity."""
+
+    def call(self, state: LayerState, x: Any, *, train: bool) -> Any:
+        """Return the input."""
+        return x
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(Layer):
+    """Dense over the last axis."""
+
+    units: int
+    activation: Activation = LINEAR
+    use_bias: bool = True
+    kernel_initializer: Initializer = GLOROT_UNIFORM
+    bias_initializer: Initializer = ZEROS
+    fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"quantization_config": (None,)}
+
+    def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
+        """Kernel (in, units)."""
+        kernel = state.weight("kernel", (x.shape[-1], self.units), self.kernel_initializer)
+        dtype = jnp.promote_types(x.dtype, kernel.dtype)
+        contract = (((x.ndim - 1,), (0,)), ((), ()))
+        y = lax.dot_general(x.astype(dtype), kernel.astype(dtype), contract)
+        if self.use_bias:
+            y = y + state.weight("bias", (self.units,), self.bias_initializer)
+        return self.activation(y)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding(Layer):
+    """Embedding without masking: row i of the table for every integer i."""
+
+    input_dim: int
+    output_dim: int
+    embeddings_initializer: Initializer = RANDOM_UNIFORM
+    autocast: ClassVar[bool] = False
+    fixed: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "mask_zero": (False,),
+        "input_length": ANY,
+        "quantization_config": (None,),
+    }
+
+    def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
+        """Integers (...) to vectors (..., output_dim)."""
+        shape = (self.input_dim, self.output_dim)
+        table = state.weight("embeddings", shape, self.embeddings_initializer)
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            x = x.astype("int32")
+        return jnp.take(table, x, axis=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationLayer(Layer):
+    """Activation."""
+
+    activation: Activation
+
+    def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
+        """Apply the activation."""
+        return self.activation(x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReLU(Layer):
+    """ReLU with a ceiling, a slope below the threshold, and a threshold."""
+
+    max_value: float | None = None
+    negative_slope: float = 0.0
+    threshold: float = 0.0
+
+    def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
+        """Keras's `relu` with all its options."""
+        if self.negative_slope and self.max_value is None and not self.threshold:
+            return nn.leaky_relu(x, self.negative_slope)
+        if self.max_value == 6 and not self.threshold:
+            y = nn.relu6(x)
+        else:
+            y = jnp.where(x > self.threshold, x, 0) if self.threshold else nn.relu(x)
+            y = y if self.max_value is None else jnp.clip(y, 0, self.max_value)
+        if not self.negative_slope:
+            return y
+        below = nn.relu(self.threshold - x) if self.threshold else nn.relu(-x)
+        return y - self.negative_slope * below
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeakyReLU(Layer):
+    """LeakyReLU; Keras 2 calls the slope `alpha`."""
+
+    negative_slope: float = 0.3
+    renamed: ClassVar[dict[str, str]] = {"alpha": "negative_slope"}
+
+    def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
+        """x above zero, slope * x below."""
+        return nn.leaky_relu(x, self.negative_slope)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ELU(Layer):
+    """ELU."""
+
+    alpha: float = 1.0
+
+    def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
+        """x above zero, alpha * (exp(x) - 1) below."""
+        return nn.elu(x, self.alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PReLU(Layer):
+    """PReLU: a learned slope per position, shared over some axes (counted from 1)."""
+
+    alpha_initializer: Initializer = ZEROS
+    shared_axes: int | tuple[int, ...] | None = None
+
+    def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
+        """x above zero, alpha * x below."""
+        shared = (self.shared_axes,) if isinstance(self.shared_axes, int) else self.shared_axes
+        shape = tuple(1 if i in (shared or ()) else x.shape[i] for i in range(1, x.ndim))
+        alpha = state.weight("alpha", shape, self.alpha_initializer)
+        return nn.relu(x) - alpha * nn.relu(-x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Softmax(Layer):
+    """Softmax over one axis or several."""
+
+    axis: int | tuple[int, ...] = -1
+
+    def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
+        """exp(x) / sum(exp(x))."""
+        return nn.softmax(x, self.axis)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rescaling(Layer):
+    """Rescaling: x * scale + offset, numbers or one per channel; integers become floats."""
+
+    scale: Any
+    offset: Any = 0.0
+
+    def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
+        """Rescale in the compute dtype."""
+        dtype = state.policy.compute_dtype
+        return x.astype(dtype) * jnp.asarray(self.scale, dtype) + jnp.asarray(self.offset, dtype)

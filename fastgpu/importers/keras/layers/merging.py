@@ -1,0 +1,95 @@
+"""Layers that combine a list of arrays."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import jax
+import jax.numpy as jnp
+
+from fastgpu.importers.keras.layers.layer import Layer, LayerState
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Merge(Layer):
+    """Elementwise merge of a list; inputs of lower rank get axes after the batch."""
+
+    def call(self, state: LayerState, inputs: Sequence[jax.Array], *, train: bool) -> jax.Array:
+        """Merge arrays that broadcast against each other."""
+        rank = max(x.ndim for x in inputs)
+        return self.merge(
+            [
+                x.reshape(x.shape[0], *[1] * (rank - x.ndim), *x.shape[1:]) if x.ndim < rank else x
+                for x in inputs
+            ]
+        )
+
+    def merge(self, inputs: list[jax.Array]) -> jax.Array:
+        """Combine arrays of equal rank."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Add(_Merge):
+    """Add."""
+
+    def merge(self, inputs: list[jax.Array]) -> jax.Array:
+        """The sum."""
+        return reduce(jnp.add, inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subtract(_Merge):
+    """Subtract, of exactly two."""
+
+    def merge(self, inputs: list[jax.Array]) -> jax.Array:
+        """The difference."""
+        first, second = inputs
+        return first - second
+
+
+@dataclass(frozen=True, kw_only=True)
+class Multiply(_Merge):
+    """Multiply."""
+
+    def merge(self, inputs: list[jax.Array]) -> jax.Array:
+        """The product."""
+        return reduce(jnp.multiply, inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Average(_Merge):
+    """Average."""
+
+    def merge(self, inputs: list[jax.Array]) -> jax.Array:
+        """The mean."""
+        return reduce(jnp.add, inputs) / len(inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Maximum(_Merge):
+    """Maximum."""
+
+    def merge(self, inputs: list[jax.Array]) -> jax.Array:
+        """The elementwise maximum."""
+        return reduce(jnp.maximum, inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Minimum(_Merge):
+    """Minimum."""
+
+    def merge(self, inputs: list[jax.Array]) -> jax.Array:
+        """The elementwise minimum."""
+        return reduce(jnp.minimum, inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concatenate(Layer):
+    """Concatenate along one axis."""
+
+    axis: int = -1
+
+    def call(self, state: LayerState, inputs: Sequence[jax.Array], *, train: bool) -> jax.Array:
+        """Join the arrays."""
+        return jnp.concatenate(inputs, self.axis)

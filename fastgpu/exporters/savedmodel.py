@@ -139,9 +139,7 @@ def _all_signatures(default: Signature, others: Mapping[str, Any]) -> dict[str, 
             )
         signature = given if isinstance(given, Signature) else Signature(given)
         if signature.inputs is None and not hasattr(signature.fn, "input_specs"):
-            known = default.inputs
-            known = getattr(default.fn, "input_specs", None) if known is None else known
-            signature = Signature(signature.fn, known, signature.sample or default.sample)
+            signature = signature.with_inputs_of(default)
         found[name] = signature
     return found
 

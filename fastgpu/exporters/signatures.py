@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
@@ -30,6 +30,13 @@ class Signature:
     inputs: Any = None
     sample: Any = None
 
+    def with_inputs_of(self, other: "Signature") -> "Signature":
+        """This signature with the other's inputs, and its sample unless this one has its own."""
+        inputs = other.inputs
+        if inputs is None:
+            inputs = getattr(other.fn, "input_specs", None)
+        return replace(self, inputs=inputs, sample=_first_given(self.sample, other.sample))
+
 
 @dataclass(frozen=True)
 class InputSpec:
@@ -54,8 +61,8 @@ class InputSpec:
 
 
 def inference_function(module_or_fn: nn.Module | Callable[..., Any]) -> Callable[..., Any]:
-    """`fn(variables, *inputs)`: a linen module's `apply`, or the function as it is."""
-    return module_or_fn.apply if isinstance(module_or_fn, nn.Module) else module_or_fn
+    """`fn(variables, *inputs)`: a module's `apply`, or the function as it is."""
+    return getattr(module_or_fn, "apply", module_or_fn)
 
 
 def input_specs(module_or_fn: Any, inputs: Any) -> tuple[InputSpec, ...]:
@@ -90,7 +97,7 @@ def input_specs(module_or_fn: Any, inputs: Any) -> tuple[InputSpec, ...]:
 
 def sample_arrays(specs: Sequence[InputSpec], inputs: Any, sample: Any) -> tuple[Any, ...] | None:
     """The arrays that verification should call with, if the user gave any."""
-    given = inputs if sample is None else sample
+    given = _first_given(sample, inputs)
     if isinstance(given, Mapping):
         given = list(given.values())
     entries = (given,) if _is_array(given) else tuple(given or ())
@@ -137,6 +144,10 @@ def named_outputs(outputs: Any) -> dict[str, Any]:
             name += "_"
         named[name] = leaf
     return named
+
+
+def _first_given(first: Any, second: Any) -> Any:
+    return second if first is None else first
 
 
 def _is_array(value: Any) -> bool:

@@ -2,8 +2,6 @@
 
 import json
 import os
-import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,43 +20,6 @@ from fastgpu.exporters import (
     verification,
 )
 from fastgpu.exporters.reload_savedmodel import Forbid
-
-# What a user of the file does, without a line of fastgpu: the oracle of these tests.
-_TENSORFLOW_ONLY = """
-import pickle, sys
-sys.modules["jax"] = sys.modules["jaxlib"] = sys.modules["fastgpu"] = None  # importing them fails
-import tensorflow as tf
-
-answers = []
-for folder, calls in pickle.load(open(sys.argv[1], "rb")):
-    loaded = tf.saved_model.load(folder)
-    outputs = [
-        {key: (value.dtype.name, tf.cast(value, tf.float64).numpy())
-         for key, value in loaded.signatures[name](**inputs).items()}
-        for name, inputs in calls
-    ]
-    trainable = {variable.name for variable in loaded.model_variables if variable.trainable}
-    names = {variable.name for variable in loaded.model_variables}
-    answers.append((outputs, names, trainable))
-pickle.dump(answers, open(sys.argv[2], "wb"))
-"""
-
-
-def _run_in_tensorflow(exports, folder):
-    """For each `(folder, [(signature, inputs)])`: outputs, variable names, trainable names."""
-    (folder / "questions").write_bytes(pickle.dumps(exports))
-    command = [
-        sys.executable,
-        "-I",
-        "-c",
-        _TENSORFLOW_ONLY,
-        folder / "questions",
-        folder / "answers",
-    ]
-    environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return pickle.loads((folder / "answers").read_bytes())
 
 
 class TwoInputs(nn.Module):
@@ -105,7 +66,7 @@ def exported(two_inputs, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def in_tensorflow(exported, tmp_path_factory):
+def in_tensorflow(exported, run_in_tensorflow):
     """The calls made in TensorFlow alone, and what it answered."""
     calls = []
     for batch, time in ((1, 7), (3, 2), (64, 9)):
@@ -113,7 +74,7 @@ def in_tensorflow(exported, tmp_path_factory):
         calls.append(("serving_default", {"tokens": tokens, "picture": picture}))
     calls.append(("logits", calls[0][1]))
     calls.append(("norms", {"input_0": np.ones((3, 4), np.float32)}))
-    (answer,) = _run_in_tensorflow([(str(exported[0]), calls)], tmp_path_factory.mktemp("work"))
+    (answer,) = run_in_tensorflow([(str(exported[0]), calls)])
     return calls, *answer
 
 

@@ -13,7 +13,8 @@ def optax_optimizer(name: str, learning_rate: float) -> optax.GradientTransforma
     "sgd", "momentum" (SGD with momentum 0.9) or "adam" (epsilon 1e-7, which Keras adds before it
     corrects the bias of the second moment, and optax after: equal once that bias has decayed).
 
-    >>> optax_optimizer("sgd", 0.1).update(1.0, ())[0]
+    >>> tx = optax_optimizer("sgd", 0.1)
+    >>> tx.update(1.0, tx.init(1.0))[0]
     -0.1
     >>> optax_optimizer("lion", 0.1)
     Traceback (most recent call last):

@@ -89,9 +89,9 @@ def processes(specs: list[dict[str, Any]], folder: Path) -> Iterator[list[Proces
     """Start one process per spec, wait until all have loaded; end them all on the way out."""
     started: list[Process] = []
     try:
-        for spec in specs:
-            started.append(Process(spec, folder / f"{spec['side']}.log"))
-            started[-1].wait_until_ready()
+        started += [Process(spec, folder / f"{spec['side']}.log") for spec in specs]
+        for process in started:
+            process.wait_until_ready()
         yield started
     finally:
         for process in started:

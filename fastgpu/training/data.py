@@ -174,9 +174,10 @@ def to_device(batch: Any) -> Any:
     def put(leaf: Any) -> Any:
         if isinstance(leaf, jax.Array) or not hasattr(leaf, "__array__"):
             return leaf
-        array = np.asarray(leaf)
-        # The source may write its next batch into the same memory: never share it.
-        return jax.device_put(array, may_alias=False) if is_array(array) else leaf
+        # A copy of our own: the source may write its next batch into this memory while JAX, which
+        # copies later or not at all, still reads it.
+        array = np.array(leaf)
+        return jax.device_put(array) if is_array(array) else leaf
 
     return jax.tree.map(put, batch)
 

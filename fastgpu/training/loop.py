@@ -99,6 +99,8 @@ def fit(
     require_alive("state", state)
     run_dir = None if run_dir is None else Path(run_dir)
     batches = batches_of(data, batch_size, seed=seed, shuffle=shuffle, drop_remainder=True)
+    if batches.per_epoch == 0:
+        raise _empty(0)
     notes: dict[str, Any] = {"epoch": 0, "batch": 0, "first_step": int(state.step)}
     notes |= {"metrics_size": 0, "data": batches.identity()}
     if run_dir is not None:

@@ -23,7 +23,6 @@ LABELS: dict[str, Literal["index", "same"]] = {
     "poly_loss_cross_entropy": "same",
     "kl_divergence": "same",
     "kl_divergence_with_log_targets": "same",
-    "convex_kl_divergence": "same",
     "generalized_kl_divergence": "same",
     "cosine_distance": "same",
     "sigmoid_binary_cross_entropy": "same",

@@ -16,7 +16,15 @@ from fastgpu.ir.compat import Jaxpr, JaxprEqn, Var, sub_jaxprs
 # keras.config.epsilon()
 _EPSILON = 1e-7
 
-_CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "checkpoint")
+_CALLS = (
+    "jit",
+    "pjit",
+    "closed_call",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "checkpoint",
+    "remat2",
+)
 # What may stand between a softmax and the output without making it something else.
 _PASSES_ON = (
     "broadcast_in_dim",

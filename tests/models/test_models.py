@@ -1,6 +1,8 @@
 """Every family of `fastgpu.models`: sizes, shapes, dtypes, training behaviour, transforms."""
 
 import dataclasses
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,30 +19,46 @@ IMAGE = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
 TOKENS = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
 
 
-def example(family: str, batch: int = 2, seed: int = 0) -> jax.Array:
+def example(family: str, seed: int = 0) -> np.ndarray:
     _, struct = models.tiny(family)
-    shape, key = (batch, *struct.shape[1:]), jax.random.key(seed)
+    rng = np.random.default_rng(seed)
     if jnp.issubdtype(struct.dtype, jnp.integer):
-        return jax.random.randint(key, shape, 0, 32)
-    return jax.random.normal(key, shape, struct.dtype)
+        return rng.integers(0, 32, struct.shape, np.int32)
+    return rng.normal(size=struct.shape).astype(struct.dtype)
 
 
-def initialized(family: str, **overrides):
-    model, _ = models.tiny(family, **overrides)
-    x = example(family)
-    return model, jax.jit(model.init)(jax.random.key(1), x), x
+@functools.cache
+def tiny(family: str, **overrides):
+    """A tiny model, random variables (batch statistics included), and an input."""
+    model, struct = models.tiny(family, **overrides)
+    rng = np.random.default_rng(1)
+
+    def random(path, leaf):
+        if path[-1].key in ("var", "scale"):
+            return rng.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype)
+        fan_in = np.prod(leaf.shape[:-1]) if path[-1].key == "kernel" else 100
+        return (rng.normal(size=leaf.shape) / np.sqrt(fan_in)).astype(leaf.dtype)
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0), struct)
+    return model, jax.tree.map_with_path(random, shapes), example(family)
 
 
-def trained_output(model, variables, x, seed: int):
-    """Output and updated collections of one application in training mode."""
+@functools.cache
+def inference(model):
+    return jax.jit(model.apply)
+
+
+@functools.cache
+def training(model):
+    """`(variables, x, key) -> (output, updated collections)`."""
     return jax.jit(
-        lambda v, x: model.apply(
-            v, x, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(seed)}
+        lambda variables, x, key: model.apply(
+            variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": key}
         )
-    )(variables, x)
+    )
 
 
-def expected_shape(family: str, x: jax.Array) -> tuple[int, ...]:
+def expected_shape(family: str, x: np.ndarray) -> tuple[int, ...]:
     per_position = {"gpt": (*x.shape, 32), "unet": (*x.shape[:-1], 3)}
     return per_position.get(family, (len(x), 4))
 
@@ -119,52 +137,64 @@ def test_mobilenet_multiplier_rounds_channels_to_eight():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_output_shape_and_dtype(family):
-    model, variables, x = initialized(family)
-    y = model.apply(variables, x)
-    assert y.shape == expected_shape(family, x)
-    assert y.dtype == jnp.float32
+    model, variables, x = tiny(family)
+    y = inference(model)(variables, x)
+    assert (y.shape, y.dtype) == (expected_shape(family, x), jnp.float32)
     assert np.isfinite(y).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_computes_near_float32_with_float32_parameters(family):
-    model, variables, x = initialized(family)
-    half, _ = models.tiny(family, dtype=jnp.bfloat16)
-    assert {leaf.dtype for leaf in jax.tree.leaves(half.init(jax.random.key(1), x))} == {
-        np.dtype("float32")
-    }
-    exact, rounded = model.apply(variables, x), half.apply(variables, x)
-    assert rounded.dtype == jnp.float32
+    model, variables, x = tiny(family)
+    half, _, _ = tiny(family, dtype=jnp.bfloat16)
+    assert all(
+        leaf.dtype == jnp.float32
+        for leaf in jax.tree.leaves(jax.eval_shape(half.init, jax.random.key(0), x))
+    )
+    exact, rounded = inference(model)(variables, x), inference(half)(variables, x)
+    assert rounded.dtype == jnp.float32 and not np.array_equal(exact, rounded)
     # A bfloat16 has 8 bits: 0.4 % a rounding, and a few tens of roundings follow each other.
     np.testing.assert_allclose(rounded, exact, atol=0.05 * float(jnp.abs(exact).max()))
-    jaxpr = str(jax.make_jaxpr(half.apply)(variables, x))
-    assert "bf16" in jaxpr and "f64" not in jaxpr
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_inference_is_deterministic_and_the_default(family):
-    model, variables, x = initialized(family)
-    y, updates = model.apply(variables, x, mutable=["batch_stats"])
-    np.testing.assert_array_equal(y, model.apply(variables, x, train=False))
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        updates,
-        {name: value for name, value in variables.items() if name == "batch_stats"},
+def test_bfloat16_reaches_every_convolution_and_dot(family):
+    half, variables, x = tiny(family, dtype=jnp.bfloat16)
+    jaxpr = str(jax.make_jaxpr(half.apply)(variables, x))
+    results = re.findall(r":(\w+)\[([\d,]*)\] = (?:conv_general_dilated|dot_general)\[", jaxpr)
+    assert results
+    # Attention scores, alone of rank 5, are accumulated in float32 for the softmax.
+    assert {dtype for dtype, shape in results if shape.count(",") < 4} == {"bf16"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inference_is_the_default_and_updates_nothing(family):
+    model, variables, x = tiny(family)
+    default = jax.make_jaxpr(model.apply)(variables, x)
+    assert str(default) == str(
+        jax.make_jaxpr(functools.partial(model.apply, train=False))(variables, x)
     )
+    assert "random_bits" not in str(default)
+    _, updates = jax.eval_shape(
+        functools.partial(model.apply, mutable=["batch_stats"]), variables, x
+    )
+    assert set(updates) <= {"batch_stats"}
 
 
 @pytest.mark.parametrize("family", WITH_DROPOUT)
 def test_dropout_follows_its_rng(family):
-    model, variables, x = initialized(family, dropout=0.5)
-    first, again, other = (trained_output(model, variables, x, seed)[0] for seed in (0, 0, 1))
+    model, variables, x = tiny(family)
+    first, again, other = (
+        training(model)(variables, x, jax.random.key(seed))[0] for seed in (0, 0, 1)
+    )
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, other)
 
 
 @pytest.mark.parametrize("family", WITH_BATCH_NORM)
 def test_training_moves_the_batch_statistics(family):
-    model, variables, x = initialized(family)
-    _, updates = trained_output(model, variables, x, 0)
+    model, variables, x = tiny(family)
+    _, updates = training(model)(variables, x, jax.random.key(0))
     before, after = variables["batch_stats"], updates["batch_stats"]
     assert jax.tree.structure(before) == jax.tree.structure(after)
     moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, after)
@@ -173,46 +203,48 @@ def test_training_moves_the_batch_statistics(family):
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(WITH_BATCH_NORM)))
 def test_families_without_batch_norm_have_only_parameters(family):
-    _, variables, _ = initialized(family)
+    _, variables, _ = tiny(family)
     assert set(variables) == {"params"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_gets_a_finite_gradient(family):
-    model, variables, x = initialized(family, **({"dropout": 0.0} if family != "resnet" else {}))
-    rest = {name: value for name, value in variables.items() if name != "params"}
-    weights = jax.random.normal(jax.random.key(5), expected_shape(family, x))
+    model, variables, x = tiny(family)
+    params, rest = variables["params"], {k: v for k, v in variables.items() if k != "params"}
+    weights = np.random.default_rng(5).normal(size=expected_shape(family, x))
 
-    @jax.jit
-    def gradient(params):
-        def loss(params):
-            y, _ = model.apply({"params": params, **rest}, x, train=True, mutable=["batch_stats"])
-            return jnp.sum(weights * jax.nn.log_softmax(y))
+    def loss(params):
+        y, _ = model.apply(
+            {"params": params, **rest},
+            x,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": jax.random.key(0)},
+        )
+        return jnp.sum(weights * jax.nn.log_softmax(y))
 
-        return jax.grad(loss)(params)
-
-    for path, leaf in jax.tree.leaves_with_path(gradient(variables["params"])):
+    for path, leaf in jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(params)):
         assert np.isfinite(leaf).all(), path
         assert np.any(leaf != 0), path
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_jit_and_vmap_give_the_same_numbers(family):
-    model, variables, _ = initialized(family)
-    x = jnp.stack([example(family, seed=seed) for seed in (2, 3)])
-    expected = jnp.stack([model.apply(variables, x[0]), model.apply(variables, x[1])])
+def test_vmap_gives_the_numbers_of_a_loop(family):
+    model, variables, _ = tiny(family)
+    x = np.stack([example(family, seed) for seed in (2, 3)])
+    looped = np.stack([inference(model)(variables, each) for each in x])
     mapped = jax.jit(jax.vmap(model.apply, in_axes=(None, 0)))(variables, x)
     # float32, sums of at most a few hundred terms in another order
-    np.testing.assert_allclose(mapped, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(mapped, looped, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_example_does_not_depend_on_its_neighbours_in_inference(family):
-    model, variables, _ = initialized(family)
-    x = example(family, batch=3)
-    np.testing.assert_allclose(
-        model.apply(variables, x)[:1], model.apply(variables, x[:1]), rtol=1e-4, atol=1e-5
-    )
+    model, variables, x = tiny(family)
+    other = np.concatenate([x[:1], example(family, seed=4)[1:]])
+    before, after = (inference(model)(variables, each) for each in (x, other))
+    np.testing.assert_allclose(after[0], before[0], rtol=1e-5, atol=1e-5)
+    assert not np.allclose(after[1], before[1])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -227,75 +259,84 @@ def test_configs_are_frozen_and_hashable(family):
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "tanh"])
-def test_mlp_activations(activation):
-    model, variables, x = initialized("mlp", activation=activation, dropout=0.0)
-    params = variables["params"]
-    y = x
+def test_mlp_is_its_formula(activation):
+    model, variables, x = tiny("mlp", activation=activation)
+    params, y = variables["params"], x
     for layer in ("dense1", "dense2"):
         y = getattr(jax.nn, activation)(y @ params[layer]["kernel"] + params[layer]["bias"])
     y = y @ params["head"]["kernel"] + params["head"]["bias"]
-    np.testing.assert_allclose(model.apply(variables, x), y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(inference(model)(variables, x), y, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("position", [1, 7, 15])
 def test_gpt_does_not_see_the_future(position):
-    model, variables, x = initialized("gpt")
-    changed = x.at[:, position].set((x[:, position] + 1) % 32)
-    before, after = model.apply(variables, x), model.apply(variables, changed)
+    model, variables, x = tiny("gpt")
+    changed = x.copy()
+    changed[:, position] = (x[:, position] + 1) % 32
+    before, after = (np.asarray(inference(model)(variables, each)) for each in (x, changed))
     np.testing.assert_array_equal(after[:, :position], before[:, :position])
     assert np.all(np.any(after[:, position:] != before[:, position:], axis=-1))
 
 
-def test_gpt_embeddings_are_tied():
-    model, variables, x = initialized("gpt")
-    params = variables["params"]
-    assert not any("head" in name for name in params)
-    params["token"]["embedding"] = 2 * params["token"]["embedding"][::-1]
-    assert model.apply(variables, x).shape == (2, 16, 32)
+def test_gpt_logits_come_from_the_token_embedding():
+    """Tied: the same table reads tokens in and scores them at the end."""
+    model, variables, x = tiny("gpt")
+    table = variables["params"]["token"]["embedding"]
+    unused = next(token for token in range(32) if token not in x)
+    changed = table.copy()
+    changed[unused] *= 2
+    params = variables["params"] | {"token": {"embedding": changed}}
+    before, after = (inference(model)({"params": p}, x) for p in (variables["params"], params))
+    np.testing.assert_allclose(after[..., unused], 2 * before[..., unused], rtol=1e-5)
 
 
-def test_gpt_reads_shorter_sequences_with_the_same_parameters():
-    model, variables, x = initialized("gpt")
-    np.testing.assert_allclose(
-        model.apply(variables, x[:, :5]), model.apply(variables, x)[:, :5], rtol=1e-5, atol=1e-6
-    )
+def test_gpt_reads_a_shorter_sequence_with_the_same_parameters():
+    model, variables, x = tiny("gpt")
+    y = inference(model)
+    np.testing.assert_allclose(y(variables, x[:, :5]), y(variables, x)[:, :5], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "x",
-    [jnp.zeros((1, 17), jnp.int32), jnp.zeros((1, 16)), jnp.zeros((16,), jnp.int32)],
+    [np.zeros((1, 17), np.int32), np.zeros((1, 16), np.float32), np.zeros((16,), np.int32)],
     ids=["too long", "not whole numbers", "no batch"],
 )
 def test_gpt_refuses_what_is_no_token_sequence(x):
-    model, variables, _ = initialized("gpt")
+    model, variables, _ = tiny("gpt")
     with pytest.raises(ModelError, match=r"whole numbers \[N, T\], T up to the context of 16") as e:
         model.apply(variables, x)
     assert f"got: {x.dtype} {list(x.shape)}" in str(e.value)
 
 
 def test_unet_skips_carry_detail_to_the_output():
-    """With the way down and up cut at the bottom, the output still depends on single pixels."""
-    model, variables, x = initialized("unet")
-    variables["params"]["up1_conv"] = jax.tree.map(jnp.zeros_like, variables["params"]["up1_conv"])
-    changed = x.at[0, 3, 5, 0].add(10.0)
-    difference = jnp.abs(model.apply(variables, changed) - model.apply(variables, x)).sum(-1)
+    """With the way through the bottom cut, the output still depends on single pixels."""
+    model, variables, x = tiny("unet")
+    params = variables["params"]
+    cut = {
+        **variables,
+        "params": params | {"up1_conv": jax.tree.map(np.zeros_like, params["up1_conv"])},
+    }
+    changed = x.copy()
+    changed[0, 3, 5] += 10
+    before, after = (inference(model)(cut, each) for each in (x, changed))
+    difference = np.abs(after - before).sum(-1)
     assert difference[0, 3, 5] > 0
     # four 3×3 convolutions at full resolution see four pixels each way
-    rows, columns = np.nonzero(np.asarray(difference[0]))
-    assert (rows.max() <= 7) and (columns.max() <= 9) and np.all(difference[1] == 0)
+    rows, columns = np.nonzero(difference[0])
+    assert rows.max() <= 3 + 4 and columns.max() <= 5 + 4 and np.all(difference[1] == 0)
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 24), (4, 4)])
 def test_unet_takes_any_multiple(height, width):
-    model, variables, _ = initialized("unet")
-    y = model.apply(variables, jnp.ones((1, height, width, 1)))
+    model, variables, _ = tiny("unet")
+    y = jax.eval_shape(model.apply, variables, np.ones((1, height, width, 1), np.float32))
     assert y.shape == (1, height, width, 3)
 
 
 def test_unet_refuses_a_size_whose_skips_would_not_meet():
-    model, variables, _ = initialized("unet")
+    model, variables, _ = tiny("unet")
     with pytest.raises(ModelError) as e:
-        model.apply(variables, jnp.ones((1, 16, 18, 1)))
+        model.apply(variables, np.ones((1, 16, 18, 1), np.float32))
     assert str(e.value) == (
         "this image cannot be halved 2 times by the U-Net\n"
         "  expected: [N, H, W, C], H and W multiples of 4\n"
@@ -305,9 +346,9 @@ def test_unet_refuses_a_size_whose_skips_would_not_meet():
 
 
 def test_vit_refuses_an_image_of_another_size():
-    model, variables, _ = initialized("vit")
+    model, variables, _ = tiny("vit")
     with pytest.raises(ModelError, match=r"expected: \[N, 16, 16, C\]\n  got: \[1, 32, 16, 3\]"):
-        model.apply(variables, jnp.ones((1, 32, 16, 3)))
+        model.apply(variables, np.ones((1, 32, 16, 3), np.float32))
 
 
 @pytest.mark.parametrize("config", [models.ViTConfig, models.GPTConfig])

@@ -6,7 +6,9 @@ with orbax alone. orbax writes beside the final folder and renames it when every
 run killed while saving leaves the checkpoint before it.
 """
 
+import json
 import logging
+import shutil
 import tempfile
 import zlib
 from pathlib import Path
@@ -21,6 +23,7 @@ from fastgpu.training.leaves import first_difference, leaf_types
 
 _log = logging.getLogger("fastgpu")
 _FOLDER = "checkpoints"
+_CHECKSUMS = "checksums.json"
 
 
 def require_writable(run_dir: Path) -> None:
@@ -57,20 +60,17 @@ def restore(run_dir: Path, state: Any) -> tuple[Any, dict[str, Any]] | None:
     failures = []
     for step in steps:
         try:
+            _require_intact(_folder(run_dir, step))
             notes = read_notes(run_dir, step)
             _require_same_leaves(run_dir, step, notes["leaves"], state)
-            return _read_state(run_dir, step, state, notes["crc32"]), notes
+            return _read_state(run_dir, step, state), notes
         except CheckpointError:
             raise
         except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
             reason = str(error).splitlines()[0] if str(error) else ""
             failures.append(f"step {step}: {type(error).__name__} {reason[:200]}")
-            _log.warning(
-                "checkpoint of step %d in %s cannot be read, trying an older one: %s",
-                step,
-                run_dir,
-                failures[-1],
-            )
+            text = "a checkpoint in %s cannot be read, trying an older one: %s"
+            _log.warning(text, run_dir, failures[-1])
     if failures:
         raise CheckpointError(
             f"no checkpoint in {run_dir / _FOLDER} can be read",
@@ -99,11 +99,11 @@ class CheckpointWriter:
     def __init__(self, run_dir: Path, keep: int, after: int) -> None:
         for step in saved_steps(run_dir):
             if step > after:
-                _move_aside(run_dir / _FOLDER / str(step))
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
-        )
+                _move_aside(_folder(run_dir, step))
         self.path = run_dir.resolve() / _FOLDER
+        for unfinished in self.path.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(unfinished)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(self.path, options=options)
 
     def __enter__(self) -> "CheckpointWriter":
@@ -115,14 +115,13 @@ class CheckpointWriter:
     def save(self, step: int, state: Any, notes: dict[str, Any]) -> Path:
         """Write a checkpoint, unless that step has one; returns its folder."""
         if self._manager.latest_step() != step:
-            arrays = _arrays(state)
-            crc32 = {path: _crc32(array) for path, array in arrays.items()}
-            notes = {**notes, "leaves": leaf_types(state), "crc32": crc32}
             args = ocp.args.Composite(
-                state=ocp.args.StandardSave(arrays), notes=ocp.args.JsonSave(notes)
+                state=ocp.args.StandardSave(_arrays(state)),
+                notes=ocp.args.JsonSave({**notes, "leaves": leaf_types(state)}),
             )
             try:
                 self._manager.save(step, args=args)
+                _write_checksums(self.path / str(step))
             except OSError as error:
                 raise CheckpointError(
                     f"the checkpoint of step {step} cannot be written to {self.path}",
@@ -132,10 +131,43 @@ class CheckpointWriter:
         return self.path / str(step)
 
 
+def _folder(run_dir: Path, step: int) -> Path:
+    return run_dir.resolve() / _FOLDER / str(step)
+
+
+def _checksums(folder: Path) -> dict[str, int]:
+    """CRC-32 of the files of the arrays and notes: orbax would not see a flipped bit."""
+    files = [path for item in ("state", "notes") for path in (folder / item).rglob("*")]
+    return {p.relative_to(folder).as_posix(): _crc32(p) for p in sorted(files) if p.is_file()}
+
+
+def _crc32(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**24):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def _write_checksums(folder: Path) -> None:
+    temporary = folder / f"{_CHECKSUMS}.tmp"
+    temporary.write_text(json.dumps(_checksums(folder)))
+    temporary.rename(folder / _CHECKSUMS)
+
+
+def _require_intact(folder: Path) -> None:
+    """Raise `ValueError` naming the file that is missing or differs from what was saved."""
+    if not (folder / _CHECKSUMS).exists():  # killed before they were written: the files are whole
+        return
+    expected, got = json.loads((folder / _CHECKSUMS).read_text()), _checksums(folder)
+    for name, checksum in expected.items():
+        if got.get(name) != checksum:
+            raise ValueError(f"{name} is {'damaged' if name in got else 'missing'}")
+
+
 def _read(run_dir: Path, step: int, **items: Any) -> Any:
-    folder = run_dir.resolve() / _FOLDER / str(step)
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(folder, args=ocp.args.Composite(**items))
+        return checkpointer.restore(_folder(run_dir, step), args=ocp.args.Composite(**items))
 
 
 def _arrays(state: Any) -> dict[str, np.ndarray]:
@@ -148,17 +180,9 @@ def _arrays(state: Any) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _crc32(array: np.ndarray) -> int:
-    """The files have no checksum of the arrays, and a flipped bit would go unseen."""
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-def _read_state(run_dir: Path, step: int, state: Any, crc32: dict[str, int]) -> Any:
+def _read_state(run_dir: Path, step: int, state: Any) -> Any:
     template = {path: np.empty_like(array) for path, array in _arrays(state).items()}
     arrays = _read(run_dir, step, state=ocp.args.StandardRestore(template))["state"]
-    damaged = [path for path, array in arrays.items() if _crc32(array) != crc32[path]]
-    if damaged:
-        raise ValueError(f"state{damaged[0]} is damaged: its checksum differs")
 
     def read(path: Any, leaf: Any) -> Any:
         array = arrays.get(jax.tree_util.keystr(path))

@@ -136,7 +136,7 @@ def test_data_that_cannot_be_read_is_named(data, batch_size, message):
 
 def test_an_iterator_is_read_once():
     data = ({"x": np.ones(1)} for _ in range(2))
-    with pytest.raises(BatchError, match="no batches in epoch 1[^$]*read once"):
+    with pytest.raises(BatchError, match=r"no batches in epoch 1[^$]*read once"):
         fit(counting_step, plain_state(), data, epochs=2, progress=False)
 
 
@@ -215,7 +215,7 @@ def test_no_step_waits_for_the_host_between_rows(net_step, state):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     data = [{"x": np.array([k], np.float32)} for k in (1, 2, np.nan, 3)]
-    with pytest.raises(NonFiniteError, match="nan at step 3[^$]*the last one was 2 at step 2"):
+    with pytest.raises(NonFiniteError, match=r"nan at step 3[^$]*the last one was 2 at step 2"):
         fit(counting_step, plain_state(), data, epochs=1, run_dir=tmp_path, progress=False)
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
@@ -294,7 +294,7 @@ def test_what_cannot_be_evaluated_is_refused_before_training(net_step, state):
     def loss_fn(params, model_state, batch, rng):
         raise AssertionError("must not be called")
 
-    with pytest.raises(LossError, match="cannot be evaluated[^$]*eval_loss"):
+    with pytest.raises(LossError, match=r"cannot be evaluated[^$]*eval_loss"):
         fit(train_step(loss_fn, TX), state, dataset(), epochs=1, batch_size=5, eval_data=dataset())
     batches = list(ArrayBatches(dataset(), 5).epoch(0))
     with pytest.raises(BatchError, match="no batch_size"):

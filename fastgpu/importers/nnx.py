@@ -47,7 +47,7 @@ class NNXModel(nn.Module):
     def __call__(self, *inputs: Any, train: bool = False, **kwargs: Any) -> Any:
         """Call the model; `kwargs` go to it unchanged."""
         assert self.scope is not None
-        if self.scope.has_rng("params"):
+        if self.is_initializing():
             raise FastGPUError(
                 "an imported NNX model has no init",
                 expected="module.apply(imported.variables, ...)",

@@ -165,9 +165,9 @@ class ArchitectureReader:
             frozen = frozen or config.get("trainable") is False
         policy, layer = Policy(), Identity()
         try:
-            layer = self._layer(entry, name, path, frozen)
-            if isinstance(layer, Layer) and isinstance(config, dict):
+            if class_name not in _MODELS:
                 policy = Policy.from_config(config.get("dtype"))
+            layer = self._layer(entry, name, path, frozen)
         except UnsupportedLayerError as error:
             self._refuse(path, class_name, error.summary)
         else:

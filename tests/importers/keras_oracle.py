@@ -1,0 +1,73 @@
+"""Build applications of Keras with seeded random weights, save them, and keep Keras's own outputs.
+
+    python keras_oracle.py FOLDER NAME:SIZE[:ALPHA] ...
+
+Runs Keras on TensorFlow: eager and without compilation it is the fastest, and it shares no
+numerics with JAX. Writes FOLDER/NAME.keras and FOLDER/NAME.npz (x, y, parameters).
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+import keras
+import numpy as np
+from keras.src.initializers import random_initializers
+
+# Every weight is replaced below: drawing it first would take most of the time.
+for initializer in (
+    random_initializers.VarianceScaling,
+    random_initializers.RandomNormal,
+    random_initializers.RandomUniform,
+    random_initializers.TruncatedNormal,
+):
+    initializer.__call__ = lambda self, shape, dtype=None, **_: keras.ops.zeros(shape, dtype)
+
+
+def randomize(model: keras.Model, seed: int) -> None:
+    """Random weights that keep activations in range, and batch statistics that are not 0 and 1."""
+    rng = np.random.default_rng(seed)
+    for weight in model.weights:
+        kind, shape = weight.path.rsplit("/", 1)[-1], tuple(weight.shape)
+        if kind in ("gamma", "moving_variance", "variance"):
+            value = rng.uniform(0.5, 1.5, shape)
+        elif kind in ("beta", "bias", "moving_mean", "mean"):
+            value = rng.normal(0, 0.2, shape)
+        elif kind == "count":
+            value = np.asarray(7)
+        elif kind == "variable":  # ConvNeXt's LayerScale
+            value = rng.uniform(0.1, 0.3, shape)
+        else:
+            fan_in = np.prod(shape[:-1]) if "depthwise" not in weight.path else np.prod(shape[:2])
+            value = rng.standard_normal(shape, dtype="float32") * np.sqrt(2 / fan_in)
+        weight.assign(value.astype(weight.dtype))
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()  # It computes with copies of its weights.
+
+
+def main(folder: Path, names: list[str]) -> None:
+    for seed, wanted in enumerate(names):
+        name, size, *alpha = wanted.split(":")
+        options = {"alpha": float(alpha[0])} if alpha else {}
+        shape = (int(size), int(size), 3)
+        build = getattr(keras.applications, name)
+        model = build(weights=None, input_shape=shape, **options)
+        randomize(model, seed)
+        model.save(folder / f"{name}.keras")
+        x = np.random.default_rng(seed).uniform(0, 255, (2, *shape)).astype("float32")
+        if not any(
+            layer.__class__.__name__ in ("Rescaling", "Normalization") for layer in model.layers
+        ):
+            x = x / 127.5 - 1
+        y = np.asarray(model(x))
+        np.savez(folder / f"{name}.npz", x=x, y=y, parameters=model.count_params())
+        keras.backend.clear_session()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,312 @@
+"""Every layer of the table, one by one, against Keras; float32 within 1e-5 of the largest value."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from fastgpu.errors import UnsupportedLayerError
+from fastgpu.importers import from_keras
+from fastgpu.importers.keras.layers import OPERATIONS, TABLE
+from fastgpu.importers.keras.layers.activations import ACTIVATIONS
+
+IMAGE, SERIES, VOLUME, VECTOR = (7, 8, 6), (9, 6), (5, 6, 7, 4), (6,)
+FIRST = {"data_format": "channels_first"}
+
+# (class, options, input shape) for layers of one input.
+CASES: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
+    ("Dense", {"units": 5, "activation": "tanh"}, VECTOR),
+    ("Dense", {"units": 5, "use_bias": False}, SERIES),
+    ("Identity", {}, VECTOR),
+    ("Conv1D", {"filters": 4, "kernel_size": 3}, SERIES),
+    ("Conv1D", {"filters": 4, "kernel_size": 3, "padding": "causal", "dilation_rate": 2}, SERIES),
+    ("Conv1D", {"filters": 4, "kernel_size": 3, **FIRST}, SERIES),
+    ("Conv2D", {"filters": 4, "kernel_size": 3, "activation": "relu"}, IMAGE),
+    ("Conv2D", {"filters": 4, "kernel_size": (2, 3), "strides": 2, "padding": "same"}, IMAGE),
+    ("Conv2D", {"filters": 4, "kernel_size": 3, "groups": 2, "use_bias": False}, IMAGE),
+    ("Conv2D", {"filters": 4, "kernel_size": 3, "dilation_rate": (1, 2)}, IMAGE),
+    ("Conv2D", {"filters": 4, "kernel_size": 3, "padding": "same", **FIRST}, IMAGE),
+    ("Conv3D", {"filters": 3, "kernel_size": 2, "padding": "same", "strides": (1, 2, 1)}, VOLUME),
+    ("DepthwiseConv1D", {"kernel_size": 3, "padding": "same"}, SERIES),
+    ("DepthwiseConv2D", {"kernel_size": 3, "strides": 2, "padding": "same"}, IMAGE),
+    ("DepthwiseConv2D", {"kernel_size": 3, "depth_multiplier": 2, "use_bias": False}, IMAGE),
+    ("DepthwiseConv2D", {"kernel_size": 3, "depth_multiplier": 2, **FIRST}, IMAGE),
+    ("SeparableConv1D", {"filters": 4, "kernel_size": 3, "padding": "same"}, SERIES),
+    ("SeparableConv2D", {"filters": 4, "kernel_size": 3, "depth_multiplier": 2}, IMAGE),
+    ("SeparableConv2D", {"filters": 4, "kernel_size": 3, "strides": 2, **FIRST}, IMAGE),
+    ("BatchNormalization", {}, IMAGE),
+    ("BatchNormalization", {"axis": 1, "epsilon": 0.1, "scale": False}, IMAGE),
+    ("BatchNormalization", {"center": False}, VECTOR),
+    ("LayerNormalization", {}, SERIES),
+    ("LayerNormalization", {"axis": [1, 2], "center": False}, IMAGE),
+    ("LayerNormalization", {"axis": 1, "scale": False}, IMAGE),
+    ("Normalization", {}, IMAGE),
+    ("Normalization", {"axis": None, "mean": 2.0, "variance": 4.0}, IMAGE),
+    (
+        "Normalization",
+        {"axis": (1, -1), "mean": np.ones((7, 6)), "variance": np.full((7, 6), 3.0)},
+        IMAGE,
+    ),
+    ("Normalization", {"mean": [0.0] * 6, "variance": [2.0] * 6, "invert": True}, IMAGE),
+    ("Rescaling", {"scale": 1 / 255, "offset": -1}, IMAGE),
+    ("Rescaling", {"scale": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], "offset": 0.5}, IMAGE),
+    ("Activation", {"activation": "softmax"}, SERIES),
+    ("ELU", {"alpha": 0.7}, VECTOR),
+    ("LeakyReLU", {"negative_slope": 0.1}, VECTOR),
+    ("PReLU", {}, IMAGE),
+    ("PReLU", {"shared_axes": [1, 2]}, IMAGE),
+    ("ReLU", {}, VECTOR),
+    ("ReLU", {"max_value": 6.0}, VECTOR),
+    ("ReLU", {"max_value": 0.5, "negative_slope": 0.2}, VECTOR),
+    ("ReLU", {"negative_slope": 0.2}, VECTOR),
+    ("ReLU", {"max_value": 0.8, "negative_slope": 0.2, "threshold": 0.3}, VECTOR),
+    ("Softmax", {}, SERIES),
+    ("Softmax", {"axis": [1, 2]}, SERIES),
+    ("AveragePooling1D", {"pool_size": 2}, SERIES),
+    ("AveragePooling2D", {"pool_size": 3, "strides": 2, "padding": "same"}, IMAGE),
+    ("AveragePooling2D", {"pool_size": (1, 2), "padding": "same", **FIRST}, IMAGE),
+    ("AveragePooling3D", {"pool_size": 2}, VOLUME),
+    ("MaxPooling1D", {"strides": 1}, SERIES),
+    ("MaxPooling2D", {"pool_size": 3, "strides": 2, "padding": "same"}, IMAGE),
+    ("MaxPooling2D", FIRST, IMAGE),
+    ("MaxPooling3D", {"padding": "same"}, VOLUME),
+    ("GlobalAveragePooling1D", {}, SERIES),
+    ("GlobalAveragePooling2D", {"keepdims": True}, IMAGE),
+    ("GlobalAveragePooling2D", FIRST, IMAGE),
+    ("GlobalAveragePooling3D", {}, VOLUME),
+    ("GlobalMaxPooling1D", {"keepdims": True}, SERIES),
+    ("GlobalMaxPooling2D", FIRST, IMAGE),
+    ("GlobalMaxPooling3D", {}, VOLUME),
+    ("Cropping1D", {"cropping": (1, 2)}, SERIES),
+    ("Cropping2D", {"cropping": ((1, 0), (2, 1))}, IMAGE),
+    ("Cropping2D", {"cropping": (0, 2), **FIRST}, IMAGE),
+    ("Cropping3D", {"cropping": 1}, VOLUME),
+    ("Flatten", {}, IMAGE),
+    ("Flatten", FIRST, IMAGE),
+    ("Permute", {"dims": (2, 3, 1)}, IMAGE),
+    ("RepeatVector", {"n": 3}, VECTOR),
+    ("Reshape", {"target_shape": (-1, 3)}, IMAGE),
+    ("UpSampling1D", {"size": 2}, SERIES),
+    ("UpSampling2D", {"size": (2, 3)}, IMAGE),
+    ("UpSampling2D", {"interpolation": "bilinear", **FIRST}, IMAGE),
+    ("UpSampling2D", {"interpolation": "bicubic"}, IMAGE),
+    ("UpSampling3D", {}, VOLUME),
+    ("ZeroPadding1D", {"padding": (2, 1)}, SERIES),
+    ("ZeroPadding2D", {"padding": ((1, 2), (0, 3))}, IMAGE),
+    ("ZeroPadding2D", {"padding": 1, **FIRST}, IMAGE),
+    ("ZeroPadding3D", {"padding": (1, 0, 2)}, VOLUME),
+    ("Dropout", {"rate": 0.5}, VECTOR),
+    ("GaussianDropout", {"rate": 0.5}, VECTOR),
+    ("GaussianNoise", {"stddev": 0.5}, VECTOR),
+    ("SpatialDropout1D", {"rate": 0.5}, SERIES),
+    ("SpatialDropout2D", {"rate": 0.5, **FIRST}, IMAGE),
+    ("SpatialDropout3D", {"rate": 0.5}, VOLUME),
+]
+MERGES = ["Add", "Average", "Concatenate", "Maximum", "Minimum", "Multiply", "Subtract"]
+BINARY = ["Add", "Divide", "Maximum", "Minimum", "Multiply", "Power", "Subtract", "TrueDivide"]
+
+
+def close(got: Any, want: Any, tolerance: float = 1e-5) -> None:
+    """Equal structure, shapes and dtypes; values within `tolerance` of the largest."""
+    jax.tree.map(lambda g, w: _close(np.asarray(g), np.asarray(w), tolerance), got, want)
+
+
+def _close(got: np.ndarray, want: np.ndarray, tolerance: float) -> None:
+    assert got.shape == want.shape
+    assert got.dtype == want.dtype
+    got, want = got.astype("float64"), want.astype("float64")
+    assert np.abs(got - want).max() <= tolerance * max(1.0, np.abs(want).max())
+
+
+def assert_equal(
+    run: Any, imported: Any, model: Any, *inputs: Any, tolerance: float = 1e-5
+) -> None:
+    got = run(imported.module.apply, imported.variables, *inputs)
+    want = run(lambda *xs: model(list(xs) if len(xs) > 1 else xs[0]), *inputs)
+    close(got, want, tolerance)
+
+
+def batch(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 1, (2, *shape)).astype("float32")
+
+
+@pytest.mark.parametrize(("name", "options", "shape"), CASES)
+def test_layer_equals_keras(
+    keras: Any, run: Any, randomize: Any, name: str, options: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    model = keras.Sequential([keras.Input(shape), getattr(keras.layers, name)(**options)])
+    imported = from_keras(randomize(model))
+    x = batch(shape)
+    assert_equal(run, imported, model, x)
+    assert imported.report.parameter_count == model.count_params()
+
+
+def test_merges_equal_keras(keras: Any, run: Any) -> None:
+    inputs = [keras.Input((4, 3)), keras.Input((4, 3))]
+    model = keras.Model(inputs, {name: getattr(keras.layers, name)()(inputs) for name in MERGES})
+    imported = from_keras(model)
+    assert_equal(run, imported, model, batch((4, 3)), batch((4, 3), seed=1))
+
+
+def test_merge_of_different_ranks_equals_keras(keras: Any, run: Any) -> None:
+    inputs = [keras.Input((4, 3)), keras.Input((3,))]
+    model = keras.Model(inputs, keras.layers.Add()(inputs))
+    x = [batch((4, 3)), batch((3,), seed=1)]
+    imported = from_keras(model)
+    assert_equal(run, imported, model, *x)
+
+
+def test_embedding_equals_keras(keras: Any, run: Any, randomize: Any) -> None:
+    layers = [keras.Input((5,), dtype="int32"), keras.layers.Embedding(11, 4)]
+    model = randomize(keras.Sequential(layers))
+    x = np.random.default_rng(0).integers(0, 11, (2, 5))
+    imported = from_keras(model)
+    assert_equal(run, imported, model, x)
+
+
+def test_layers_of_applications_equal_keras(keras: Any, run: Any, randomize: Any) -> None:
+    from keras.src.applications.convnext import LayerScale
+    from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
+
+    x = keras.Input((4,))
+    scaled = LayerScale(0.5, 4)(x)
+    model = randomize(keras.Model(x, CustomScaleLayer(0.17)([x, scaled])))
+    imported = from_keras(model)
+    assert_equal(run, imported, model, batch((4,)))
+
+
+def test_every_class_of_the_table_has_a_case() -> None:
+    tested = {name for name, _, _ in CASES} | set(MERGES)
+    tested |= {"Embedding", "LayerScale", "CustomScaleLayer"}
+    assert tested == set(TABLE)
+
+
+def test_activations_equal_keras(keras: Any, run: Any) -> None:
+    names = sorted(set(ACTIVATIONS) - {"hard_sigmoid (Keras 2)"})
+    x = np.linspace(-4, 4, 32, dtype="float32").reshape(2, 16)
+    got = run(lambda x: {name: ACTIVATIONS[name](x) for name in names}, x)
+    close(got, run(lambda x: {name: keras.activations.get(name)(x) for name in names}, x))
+
+
+def test_operations_equal_keras(keras: Any, run: Any) -> None:
+    from keras.src.ops import nn, numpy
+
+    x, outputs = keras.Input((4,)), {}
+    for name in sorted(OPERATIONS):
+        operation = getattr(numpy, name, None) or getattr(nn, name)
+        outputs[name] = operation()(x, 1.5) if name in BINARY else operation()(x)
+    model = keras.Model(x, outputs)
+    assert_equal(run, from_keras(model), model, np.abs(batch((4,))) + 0.1)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16"])
+def test_dtype_policy_is_kept(keras: Any, run: Any, randomize: Any, policy: str) -> None:
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(4, 3, dtype=policy),
+            layers.BatchNormalization(dtype=policy),
+            layers.ReLU(dtype=policy),
+            layers.GlobalAveragePooling2D(dtype=policy),
+            layers.LayerNormalization(dtype=policy),
+            layers.Dense(3, dtype=policy),
+            layers.Activation("softmax", dtype="float32"),
+        ]
+    )
+    imported = from_keras(randomize(model))
+    x = batch((8, 8, 3))
+    # bfloat16 keeps 8 bits: the two sides may round the same sum to neighbours.
+    assert_equal(run, imported, model, x, tolerance=2**-7)
+    stored = {str(leaf.dtype) for leaf in jax.tree.leaves(imported.variables)}
+    assert stored == ({"bfloat16"} if policy == "bfloat16" else {"float32"})
+
+
+def test_integer_images_are_cast_as_in_keras(keras: Any, run: Any, randomize: Any) -> None:
+    layers = keras.layers
+    model = keras.Sequential(
+        [keras.Input((6, 6, 3)), layers.Rescaling(1 / 255), layers.Conv2D(2, 3), layers.Flatten()]
+    )
+    imported = from_keras(randomize(model))
+    x = np.random.default_rng(0).integers(0, 256, (2, 6, 6, 3)).astype("uint8")
+    assert_equal(run, imported, model, x)
+
+
+def refusal(model: Any, **options: Any) -> str:
+    with pytest.raises(UnsupportedLayerError) as caught:
+        from_keras(model, **options)
+    return str(caught.value)
+
+
+def test_all_layers_without_a_rule_are_named_at_once(keras: Any) -> None:
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((5, 4)),
+            layers.LSTM(3, return_sequences=True, name="memory"),
+            layers.Lambda(lambda x: x * 2, name="twice"),
+            layers.Dense(2, name="fine"),
+            layers.BatchNormalization(renorm=True, name="renormed"),
+        ]
+    )
+    message = refusal(model)
+    assert "3 of its layers cannot be imported" in message
+    assert "'memory' (LSTM: no such layer in the table)" in message
+    assert "'twice' (Lambda: holds Python bytecode, which is never run)" in message
+    assert "'renormed' (BatchNormalization: option renorm=True)" in message
+    assert "fine" not in message
+    assert "custom_objects={" in message
+
+
+def test_an_unknown_option_is_refused_by_name(keras: Any) -> None:
+    model = keras.Sequential([keras.Input((5,), dtype="int32"), keras.layers.Embedding(9, 2)])
+    config = model.get_config()
+    config["layers"][1]["config"]["mask_zero"] = True
+    config["layers"][1]["config"]["sparsity"] = 0.5
+    with pytest.raises(UnsupportedLayerError, match="mask_zero=True"):
+        from_keras(_with_config(model, config))
+    config["layers"][1]["config"]["mask_zero"] = False
+    with pytest.raises(UnsupportedLayerError, match=r"sparsity=0\.5"):
+        from_keras(_with_config(model, config))
+
+
+def _with_config(model: Any, config: dict[str, Any]) -> Any:
+    class Live:
+        name, layers, weights = model.name, model.layers, model.weights
+
+        def get_config(self) -> dict[str, Any]:
+            return config
+
+    Live.__name__ = type(model).__name__
+    return Live()
+
+
+def test_quantized_policies_are_refused_by_name(keras: Any) -> None:
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    model.layers[0].quantize("int8")
+    assert "dtype policy 'QuantizedDTypePolicy'" in refusal(model)
+
+
+def test_a_custom_class_with_a_builtin_name_is_not_mistaken_for_it(keras: Any) -> None:
+    class Dense(keras.layers.Layer):
+        def call(self, x: Any) -> Any:
+            return x + 1
+
+    model = keras.Sequential([keras.Input((3,)), Dense(name="odd")])
+    assert "'odd' (Dense: a custom class of" in refusal(model)
+
+
+def test_lambda_is_replaced_by_a_function(keras: Any, run: Any, randomize: Any) -> None:
+    layers = [keras.layers.Lambda(lambda x: x * 2, name="twice"), keras.layers.Dense(2)]
+    model = randomize(keras.Sequential([keras.Input((3,)), *layers]))
+    imported = from_keras(model, custom_objects={"twice": lambda x: x * 2})
+    assert_equal(run, imported, model, batch((3,)))
+
+
+def test_regularizers_are_reported_as_ignored(keras: Any) -> None:
+    layer = keras.layers.Dense(2, kernel_regularizer="l2", name="d")
+    report = from_keras(keras.Sequential([keras.Input((3,)), layer])).report
+    (entry,) = report.ignored()
+    assert entry.name == "d/kernel_regularizer"
+    assert "add it to your loss" in entry.detail

@@ -69,8 +69,10 @@ class TuneResult:
         from rich import box
         from rich.table import Table
 
-        table = Table(title=self._title(), caption=self._caption(), box=box.SIMPLE_HEAD)
+        title = self._title()
+        table = Table(title=title, caption=self._caption(), box=box.SIMPLE_HEAD)
         table.title_justify = table.caption_justify = "left"
+        table.min_width = len(title)
         for column in ("trial", "state", "value", *self.searched, "step", "s"):
             justify = "left" if column == "state" else "right"
             table.add_column(column, justify=justify, no_wrap=True)

@@ -10,7 +10,8 @@ class Interrupt:
     """Within this context the first SIGINT only sets `requested`; the second one stops at once.
 
     The handler that was there is put back at the end. Python runs signal handlers in the main
-    thread only: in any other one this does nothing, and `requested` stays False.
+    thread only: in any other one this does nothing, and `requested` stays False. The same holds
+    for a process that ignores SIGINT, as a shell's background jobs do.
     """
 
     def __init__(self) -> None:
@@ -19,7 +20,8 @@ class Interrupt:
         self._previous: Any = None
 
     def __enter__(self) -> "Interrupt":
-        if threading.current_thread() is threading.main_thread():
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             self._previous = signal.signal(signal.SIGINT, self._handle)
             self._installed = True
         return self

@@ -68,7 +68,7 @@ def fit(
         The newest `keep` are kept.
       log_every: steps between rows; there is one at the end of each epoch too.
       progress: whether to print them (to stderr).
-      on_row: called with each row, a dict with "step", "epoch", "loss", the metrics,
+      on_row: called with each row, a dict with "step", "epoch" (from 0), "loss", scalar metrics,
         "learning_rate" if the optimizer's state has it, "examples_per_second", "step_ms",
         "memory_bytes", and "eval_..."; an exception from it ends the run.
       nonfinite: what a loss that is not finite does, at the next row.

@@ -1,6 +1,7 @@
 """The record of a run: rows of metrics, checkpoints, and what it says while it runs."""
 
 import contextlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +39,7 @@ def restored(
     found = checkpoint.restore(run_dir, state)
     if found is None:
         return state, notes
-    if found[1]["data"] != notes["data"]:
+    if found[1]["data"] != json.loads(json.dumps(notes["data"])):
         raise CheckpointError(
             f"the run in {run_dir} was trained on other batches",
             expected=str(found[1]["data"]),

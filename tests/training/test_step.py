@@ -103,20 +103,6 @@ def linear_state(tx, **extra):
     return TrainState.create({"params": {"w": jnp.zeros(2)}, **extra}, tx, rng=0)
 
 
-@pytest.fixture
-def compilations():
-    """Grows by one entry whenever XLA compiles a program."""
-    seen = []
-
-    def listener(event, duration, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listener)
-
-
 LINEAR_BATCH = {"x": np.ones((4, 2), np.float32), "y": np.ones(4, np.float32)}
 
 

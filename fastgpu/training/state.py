@@ -21,6 +21,11 @@ class TrainState(struct.PyTreeNode):
     opt_state: optax's.
     rng: a random key; each step uses it folded with `step`, so it never changes and a resumed run
       draws the same numbers.
+
+    >>> tx = optax.adam(1e-3)
+    >>> state = TrainState.create({"params": {"w": jnp.ones(3)}, "batch_stats": {}}, tx, rng=0)
+    >>> state.step, state.model_state
+    (Array(0, dtype=int32), {'batch_stats': {}})
     """
 
     step: jax.Array

@@ -28,10 +28,12 @@ def load_data(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileError(f"{path} is not a file", expected="an .npz file", got="nothing there")
     if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            start = file.read(8)
         raise FileError(
             f"{path} is not an .npz file, or is truncated",
             expected="a zip archive of arrays, as np.savez writes it",
-            got=f"{path.stat().st_size} bytes that begin with {path.open('rb').read(8)!r}",
+            got=f"{path.stat().st_size} bytes that begin with {start!r}",
         )
     with _damage_named(path):
         _check_sizes(path)

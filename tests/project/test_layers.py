@@ -22,11 +22,17 @@ LAYER = {
     "benchmarking": 5,
     "exporters": 6,
     "keras_integration": 6,
+    "__main__": 7,
     "cli": 7,
     "report": 7,
 }
 # Files that are run as programs, in a process of their own.
-PROGRAMS = ("benchmarking/keras_worker.py", "exporters/reload_savedmodel.py")
+PROGRAMS = (
+    "benchmarking/worker.py",
+    "cli/demo/keras_script.py",
+    "cli/demo/tensorflow_script.py",
+    "exporters/reload_savedmodel.py",
+)
 # Optional packages, and the only files that may import them (all but typer inside functions).
 OPTIONAL = {
     "keras": ("importers/keras/", *PROGRAMS),
@@ -69,6 +75,7 @@ def _imports(node: ast.AST, file: str, at_import_time: bool) -> Iterator[Import]
     elif isinstance(node, ast.Call) and _imported_by_call(node):
         yield Import(file, node.lineno, _imported_by_call(node), at_import_time)
     inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+    inside |= isinstance(node, ast.If) and _dotted(node.test) == "TYPE_CHECKING"
     for child in ast.iter_child_nodes(node):
         yield from _imports(child, file, at_import_time and not inside)
 

@@ -1,17 +1,23 @@
 """Multi-layer perceptron: dense layers with an activation and dropout after each."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
+from fastgpu.errors import ModelError
+
+Activation = Literal["relu", "gelu", "silu", "tanh"]
+
 
 @dataclass(frozen=True)
 class MLPConfig:
     """Widths of the hidden layers, number of classes, activation, dropout rate.
+
+    Raises `ModelError` for an activation that is not in the list.
 
     >>> MLPConfig(hidden=(512, 512), dropout=0.1)
     MLPConfig(hidden=(512, 512), num_classes=10, activation='relu', dropout=0.1)
@@ -19,8 +25,17 @@ class MLPConfig:
 
     hidden: tuple[int, ...] = (256, 256)
     num_classes: int = 10
-    activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    activation: Activation = "relu"
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.activation not in get_args(Activation):
+            raise ModelError(
+                f"the MLP has no activation {self.activation!r}",
+                expected=f"one of {', '.join(get_args(Activation))}",
+                got=repr(self.activation),
+                fix="take one of these, or copy the module and change it",
+            )
 
     @classmethod
     def tiny(cls, **overrides: Any) -> Self:

@@ -47,7 +47,7 @@ class Trial:
         worse than the median of earlier trials at this step; and `NonFiniteError` when it is NaN
         or infinite, which ends the trial as failed.
         """
-        self._trial.report(_finite(value, f"the value at step {step}"), step)
+        self._trial.report(_finite(value, f"the value at step {step}"), int(step))
         if self._trial.should_prune():
             raise require("optuna", "tune").TrialPruned(f"pruned at step {step}")
 

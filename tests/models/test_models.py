@@ -268,6 +268,11 @@ def test_mlp_is_its_formula(activation):
     np.testing.assert_allclose(inference(model)(variables, x), y, rtol=1e-5, atol=1e-5)
 
 
+def test_mlp_refuses_an_activation_it_does_not_have():
+    with pytest.raises(ModelError, match="expected: one of relu, gelu, silu, tanh\n  got: 'swish'"):
+        models.MLPConfig(activation="swish")
+
+
 @pytest.mark.parametrize("position", [1, 7, 15])
 def test_gpt_does_not_see_the_future(position):
     model, variables, x = tiny("gpt")

@@ -54,7 +54,7 @@ __all__ = [
     "sub_jaxprs",
 ]
 
-# Primitives whose sub-jaxprs are programs of the user's (a reducer of `reduce` or `scatter` is not).
+# Primitives whose sub-jaxprs are programs of the user's (a reducer of `scatter` is none).
 _PROGRAM_PARAMS = {
     "jit": ("jaxpr",),
     "pjit": ("jaxpr",),
@@ -114,7 +114,7 @@ def bind(eqn: JaxprEqn, values: Sequence[Any], params: dict[str, Any] | None = N
 
 
 def scope(eqn: JaxprEqn):
-    """A context in which what is traced points at `eqn`'s source line, name scope, mesh and flags."""
+    """A context for tracing in `eqn`'s place: its source line, name scope, mesh and flags."""
     stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
     context = source_info_util.user_context(eqn.source_info.traceback, name_stack=stack)
     return _Both(context, eqn.ctx.manager)
@@ -134,7 +134,7 @@ class _Both:
 
 
 def is_plain_call(eqn: JaxprEqn) -> bool:
-    """Whether `eqn` is a call that says nothing about placement, layout, donation or compilation."""
+    """Whether `eqn` is a call without placement, layout, donation or compiler options."""
     if eqn.primitive.name in ("closed_call", "core_call"):
         return True
     if eqn.primitive.name not in ("jit", "pjit"):

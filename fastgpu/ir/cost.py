@@ -2,8 +2,8 @@
 
 Counts follow the definitions, not a compiler: a matrix product of [m, k] by [k, n] is 2 m k n
 operations, an elementwise equation one per output element, and every equation reads its inputs and
-writes its outputs once. A nested program is counted as often as it runs; `while` loops, whose number
-of turns is not known, count once, and of `cond` the dearest branch.
+writes its outputs once. A nested program is counted as often as it runs; `while` loops, whose
+number of turns is not known, count once, and of `cond` the dearest branch.
 """
 
 import math
@@ -134,8 +134,11 @@ _FLOPS: dict[str, Callable[[JaxprEqn, dict[str, Any]], float]] = {
     ),
 }
 _NO_ARITHMETIC = frozenset(
-    "broadcast_in_dim reshape transpose squeeze slice dynamic_slice dynamic_update_slice gather rev"
-    " concatenate pad iota copy convert_element_type bitcast_convert_type stop_gradient split"
-    " optimization_barrier select_n random_wrap random_unwrap random_seed sharding_constraint"
-    " copy_p device_put".split()
+    (
+        *("broadcast_in_dim", "reshape", "transpose", "squeeze", "slice", "dynamic_slice", "rev"),
+        *("dynamic_update_slice", "gather", "concatenate", "pad", "iota", "copy", "split"),
+        *("convert_element_type", "bitcast_convert_type", "stop_gradient", "select_n"),
+        *("optimization_barrier", "random_wrap", "random_unwrap", "random_seed"),
+        *("sharding_constraint", "copy_p", "device_put"),
+    )
 )

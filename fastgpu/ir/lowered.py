@@ -1,10 +1,10 @@
 """An equation that computes what it always did, by other code.
 
-`lowered` stands in for an equation of another primitive and compiles to a JAX function that is faster
-on the target. To differentiation and batching it still is the primitive that it stands for: its
-derivative, transpose and batched form are those that JAX defines, and each of these is offered to
-the same chooser again. So a convolution and its two gradients each get the code that suits them, and
-forward mode, reverse mode, higher derivatives and `vmap` all keep working.
+`lowered` stands in for an equation of another primitive and compiles to a JAX function that is
+faster on the target. To differentiation and batching it still is the primitive that it stands for:
+its derivative, transpose and batched form are those that JAX defines, and each of these is offered
+to the same chooser again. So a convolution and its two gradients each get the code that suits them,
+and forward mode, reverse mode, higher derivatives and `vmap` all keep working.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,7 +48,7 @@ class Chooser:
     choose: Callable[[Site], Callable[..., Any] | None]
 
     def rules(self) -> Rules:
-        """The rewriter's rules that put `lowered` in place of every equation that has other code."""
+        """The rewriter's rules that put `lowered` in place of equations that have other code."""
         return dict.fromkeys(self.primitives, self._rule)
 
     def _rule(self, eqn: JaxprEqn) -> Callable[..., Any] | None:

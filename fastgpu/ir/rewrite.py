@@ -2,8 +2,8 @@
 
 A rule looks at one equation and returns a JAX function of the equation's input values that computes
 the same outputs another way, or `None` to leave it. The rewriter evaluates the jaxpr under a new
-trace and calls the rules' functions in place of the equations they match, so nobody builds equations
-by hand. Source lines, name scopes, meshes and effects stay with the equations.
+trace and calls the rules' functions in place of the equations they match, so nobody builds
+equations by hand. Source lines, name scopes, meshes and effects stay with the equations.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -198,9 +198,7 @@ class Inspection:
         return [report.to_json() for report in self.passes]
 
     def __str__(self) -> str:
-        lines = [
-            f"{'pass':<14}{'equations':>14}{'GFLOP':>18}{'GB moved':>18}{'seconds':>9}  changed"
-        ]
+        lines = [f"{'pass':<14}{'equations':>14}{'GFLOP':>18}{'GB moved':>18}{'seconds':>9}  +/-"]
         for row in self.passes:
             changed = ", ".join(f"{count:+d} {name}" for name, count in row.changed.items())
             flops = " → ".join(f"{value / 1e9:.3g}" for value in row.flops)

@@ -1,8 +1,8 @@
 """Compute equal values once.
 
 Two equations are equal when primitive, settings and inputs are. What has an effect, calls back into
-Python, or is there to keep two values apart (a barrier) is never merged. Drawing from the same random
-key twice gives the same numbers, so that is merged as well; other keys are other inputs.
+Python, or is there to keep two values apart (a barrier) is never merged. Drawing from the same
+random key twice gives the same numbers, so that is merged as well; other keys are other inputs.
 """
 
 from typing import Any

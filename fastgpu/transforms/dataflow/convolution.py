@@ -36,7 +36,7 @@ class Convolution:
 
     @classmethod
     def of(cls, site: Site) -> "Convolution | None":
-        """The convolution at `site`, or `None` for what no rule handles (integers, symbolic sizes)."""
+        """The convolution at `site`; `None` for what no rule handles: integers, symbolic sizes."""
         lhs, rhs = site.in_avals
         (out,) = site.out_avals
         specs = site["dimension_numbers"]

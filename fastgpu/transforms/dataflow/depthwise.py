@@ -1,8 +1,8 @@
 """Depthwise convolutions as shifted multiply-adds, their weight gradients as a scan over the batch.
 
-XLA's CPU backend runs a depthwise convolution as a general grouped one, and its weight gradient as a
-dense convolution of C by C features of which it keeps the diagonal: 10 to 100 times slower than the
-few multiply-adds that are needed (`benchmarks/lowerings.py`).
+XLA's CPU backend runs a depthwise convolution as a general grouped one, and its weight gradient as
+a dense convolution of C by C features of which it keeps the diagonal: 10 to 100 times slower than
+the few multiply-adds that are needed (`benchmarks/lowerings.py`).
 """
 
 import itertools

@@ -1,9 +1,9 @@
 """Max-pool gradients by comparing each window's elements, instead of select-and-scatter.
 
 XLA's CPU backend scatters one element at a time. The gradient of a max-pool is the cotangent at the
-first largest element of each window: a handful of comparisons finds its index, and every tap then adds
-the cotangents that it won (`benchmarks/lowerings.py`). The index follows XLA's own rule for ties and
-for NaN, so the result is bit-equal where windows do not overlap.
+first largest element of each window: a handful of comparisons finds its index, and every tap then
+adds the cotangents that it won (`benchmarks/lowerings.py`). The index follows XLA's own rule for
+ties and for NaN, so the result is bit-equal where windows do not overlap.
 """
 
 import itertools
@@ -49,7 +49,7 @@ class _Pool:
     def taps(self) -> Iterator[tuple[int, ...]]:
         return itertools.product(*(range(size) for size in self.window))
 
-    def pad(self, x: jax.Array, value: float | bool) -> jax.Array:
+    def pad(self, x: jax.Array, value: float) -> jax.Array:
         if all(low == high == 0 for low, high in self.padding):
             return x
         return lax.pad(x, jnp.asarray(value, x.dtype), [(lo, hi, 0) for lo, hi in self.padding])
@@ -63,24 +63,15 @@ class _Pool:
 
     def selected(self, operand: jax.Array, out: tuple[int, ...]) -> jax.Array:
         """For every window the index of the tap that wins, uint8 of shape `out`."""
+        # Padding takes part as it does in XLA: it loses to everything but NaN.
         values = lax.optimization_barrier(self.pad(operand, -jnp.inf))
-        padded = values.shape != operand.shape
-        inside = self.pad(jnp.ones(operand.shape, bool), False) if padded else None
-        best = index = None
-        for number, tap in enumerate(self.taps()):
+        first, *rest = self.taps()
+        best, index = self.window_element(values, first, out), jnp.zeros(out, jnp.uint8)
+        for number, tap in enumerate(rest, start=1):
             value = self.window_element(values, tap, out)
-            valid = None if inside is None else self.window_element(inside, tap, out)
-            if best is None or index is None:
-                best, index = value, jnp.zeros(out, jnp.uint8)
-                started = valid
-                continue
             take = ~(best >= value)
-            if valid is not None and started is not None:
-                take = valid & (take | ~started)
-                started = started | valid
             best = jnp.where(take, value, best)
             index = jnp.where(take, jnp.uint8(number), index)
-        assert index is not None
         return lax.optimization_barrier(index)
 
 

@@ -1,9 +1,9 @@
 """1x1 convolutions as matrix products.
 
-A convolution whose window has one element, or covers its input exactly once, is a contraction: over
-the features in the first case (a 1x1 convolution and its input gradient), over features and space in
-the second (its weight gradient). XLA's CPU backend runs these as general convolutions, 2 to 4 times
-slower than the matrix product (`benchmarks/lowerings.py`).
+A convolution whose window has one element, or that has one output position, is a contraction: over
+the features in the first case (a 1x1 convolution and its input gradient), over features and space
+in the second (its weight gradient). XLA's CPU backend runs these as general convolutions, 2 to 4
+times slower than the matrix product (`benchmarks/lowerings.py`).
 """
 
 from collections.abc import Callable
@@ -20,11 +20,10 @@ def choose(site: Site) -> Callable[..., jax.Array] | None:
     conv = Convolution.of(site)
     if conv is None or conv.feature_groups != 1 or conv.batch_groups != 1:
         return None
-    dims = range(len(conv.window))
-    if all(conv.window[d] == 1 for d in dims):
-        fits = all(_one_tap(conv, d) for d in dims)
+    if all(size == 1 for size in conv.window):
+        fits = all(_one_tap(conv, d) for d in range(len(conv.window)))
         return (lambda lhs, rhs: _pointwise(conv, site, lhs, rhs)) if fits else None
-    if all(_covers_input(conv, d) for d in dims):
+    if all(size == 1 for size in conv.out_spatial):
         return lambda lhs, rhs: _full_contraction(conv, site, lhs, rhs)
     return None
 
@@ -32,18 +31,6 @@ def choose(site: Site) -> Callable[..., jax.Array] | None:
 def _one_tap(conv: Convolution, d: int) -> bool:
     # Dilation and stride together would sample the zeros between elements: rare, left to XLA.
     return conv.lhs_dilation[d] == 1 or conv.strides[d] == 1
-
-
-def _covers_input(conv: Convolution, d: int) -> bool:
-    low, high = conv.padding[d]
-    reach = (conv.window[d] - 1) * conv.rhs_dilation[d] + 1
-    return (
-        conv.out_spatial[d] == 1
-        and conv.lhs_dilation[d] == 1
-        and low == 0
-        and high <= 0
-        and reach <= conv.in_spatial[d]
-    )
 
 
 def _dot(site: Site, lhs: jax.Array, rhs: jax.Array, contract: int) -> jax.Array:
@@ -79,7 +66,7 @@ def _pointwise(conv: Convolution, site: Site, lhs: jax.Array, rhs: jax.Array) ->
 
 
 def _full_contraction(conv: Convolution, site: Site, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    lhs = conv.lhs_last(lhs)
+    lhs = conv.padded(conv.lhs_last(lhs))
     reach = [(k - 1) * d + 1 for k, d in zip(conv.window, conv.rhs_dilation, strict=True)]
     lhs = lax.slice(
         lhs,

@@ -1,0 +1,139 @@
+"""What each other code for a convolution or a pooling gradient buys, operation by operation.
+
+    python benchmarks/lowerings.py --json benchmarks/results/lowerings.json     (about 4 minutes)
+
+Every row times XLA's own code and ours in turn, in one process, for the forward operation and both
+gradients: the medians of 9 interleaved runs in milliseconds, and their ratio. These figures are the
+evidence for the platforms and the limits of the passes in `fastgpu.transforms`.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import fastgpu as fgpu
+
+ROUNDS = 9
+
+# name: (input shape, window, stride, features out, groups)
+CONVOLUTIONS = {
+    "depthwise 3x3 32²x144": ((16, 32, 32, 144), 3, 1, 144, 144),
+    "depthwise 3x3 64²x96 stride 2": ((16, 64, 64, 96), 3, 2, 96, 96),
+    "depthwise 5x5 16²x192": ((16, 16, 16, 192), 5, 1, 192, 192),
+    "depthwise 3x3 8²x384": ((16, 8, 8, 384), 3, 1, 384, 384),
+    "depthwise 7x7 14²x384": ((16, 14, 14, 384), 7, 1, 384, 384),
+    "1x1 32²x64 to 256": ((16, 32, 32, 64), 1, 1, 256, 1),
+    "1x1 16²x512 to 128": ((16, 16, 16, 512), 1, 1, 128, 1),
+    "1x1 16²x512 to 1024 stride 2": ((16, 16, 16, 512), 1, 2, 1024, 1),
+    "3x3 4²x512 to 512": ((16, 4, 4, 512), 3, 1, 512, 1),
+    "3x3 8²x512 to 512 stride 2": ((16, 8, 8, 512), 3, 2, 512, 1),
+    "3x3 4²x256 to 256": ((16, 4, 4, 256), 3, 1, 256, 1),
+    "3x3 8²x256 to 256": ((16, 8, 8, 256), 3, 1, 256, 1),
+}
+# name: (input shape, window, stride, padding)
+POOLS = {
+    "max-pool 3x3 64²x64 stride 2": ((16, 64, 64, 64), 3, 2, 1),
+    "max-pool 2x2 148²x32 stride 2": ((16, 148, 148, 32), 2, 2, 0),
+    "max-pool 3x3 16²x192 stride 1": ((16, 16, 16, 192), 3, 1, 1),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", default="", help="run the rows whose name has this text")
+    args = parser.parse_args()
+    fgpu.configure(device="cpu", compilation_cache=False, quiet=True)
+    rows = []
+    print(f"{'operation':<34}{'part':<17}{'XLA ms':>9}{'ours ms':>9}{'ratio':>8}")
+    for name, parts in operations().items():
+        if args.only not in name:
+            continue
+        for part, (fn, inputs) in parts().items():
+            baseline, ours = interleaved(jax.jit(fn), fgpu.optimize(fn, target="cpu"), inputs)
+            row = {"operation": name, "part": part, "xla_ms": baseline, "fastgpu_ms": ours}
+            rows.append(row)
+            ratio = baseline / ours
+            print(f"{name:<34}{part:<17}{baseline:9.2f}{ours:9.2f}{ratio:7.1f}x", flush=True)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        report = {"machine": platform.processor(), "jax": jax.__version__, "rows": rows}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def operations() -> dict[str, Callable[[], dict[str, Any]]]:
+    convolutions = {
+        name: lambda spec=spec: convolution(*spec) for name, spec in CONVOLUTIONS.items()
+    }
+    return {**convolutions, **{name: lambda spec=spec: pool(*spec) for name, spec in POOLS.items()}}
+
+
+def convolution(
+    shape: tuple[int, ...], window: int, stride: int, features: int, groups: int
+) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    kernel_shape = (window, window, shape[-1] // groups, features)
+    kernel = jnp.asarray(rng.normal(size=kernel_shape), jnp.float32)
+
+    def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+
+    cotangent = jnp.asarray(rng.normal(size=jax.eval_shape(conv, x, kernel).shape), jnp.float32)
+    return {
+        "forward": (conv, (x, kernel)),
+        "weight gradient": (
+            lambda x, ct: jax.vjp(lambda kernel: conv(x, kernel), kernel)[1](ct),
+            (x, cotangent),
+        ),
+        "input gradient": (
+            lambda kernel, ct: jax.vjp(lambda x: conv(x, kernel), x)[1](ct),
+            (kernel, cotangent),
+        ),
+    }
+
+
+def pool(shape: tuple[int, ...], window: int, stride: int, padding: int) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+
+    def max_pool(x: jax.Array) -> jax.Array:
+        dims, strides = (1, window, window, 1), (1, stride, stride, 1)
+        return lax.reduce_window(x, -jnp.inf, lax.max, dims, strides, sides)
+
+    cotangent = jnp.asarray(rng.normal(size=jax.eval_shape(max_pool, x).shape), jnp.float32)
+    return {"gradient": (lambda x, ct: jax.vjp(max_pool, x)[1](ct), (x, cotangent))}
+
+
+def interleaved(one: Any, other: Any, inputs: tuple[jax.Array, ...]) -> tuple[float, float]:
+    """Median milliseconds of both, run in turn after one warm-up each."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for round_ in range(ROUNDS + 1):
+        for fn, kept in zip((one, other), times, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(fn(*inputs))
+            if round_:
+                kept.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -39,6 +39,8 @@ def read_graph(
     """
     reader = ArchitectureReader(custom_objects, keras_version.startswith(("1.", "2.")), report)
     graph = reader.read_top(config)
+    if any(placed.name == "params" for placed in graph.layers):
+        reader.refused.append("'params' (Flax keeps this name for itself: rename the layer)")
     if reader.refused:
         raise UnsupportedLayerError(
             f"{report.source}: {len(reader.refused)} of its layers cannot be imported",
@@ -127,9 +129,14 @@ class ArchitectureReader:
             for name, placed in layers.items()
             if isinstance(placed.layer, Graph)
         }
-        calls, offsets, problems = read_calls(config["layers"], models)
-        self.refused += problems
-        outputs = read_structure(config["output_layers"], offsets)
+        found = read_calls(config["layers"], models)
+        self.refused += found.refused
+        for name, phase in found.ignored_phases.items():
+            why = "overridden by the phase of the call, as Keras 3 does"
+            if not phase:
+                why += "; freeze the layer to keep its statistics"
+            self.report.add("option", "/".join((*path, name, f"training={phase}")), "ignored", why)
+        outputs = read_structure(config["output_layers"], found.offsets)
         if isinstance(outputs, list | tuple) and len(outputs) == 1:
             outputs = outputs[0]
         structure = Structure.of(input_structure)
@@ -142,7 +149,7 @@ class ArchitectureReader:
             tuple(inputs[leaf.layer] for leaf in structure.leaves),
             structure,
             tuple(layers.values()),
-            order_calls(calls, set(inputs), produced),
+            order_calls(found.calls, set(inputs), produced),
             produced,
         )
 

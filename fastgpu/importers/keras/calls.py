@@ -1,6 +1,7 @@
 """Inbound nodes: which layer is called on which tensors, in the formats of Keras 2 and 3."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastgpu.errors import FileError
@@ -23,14 +24,24 @@ def read_structure(nested: Any, offsets: Mapping[str, int]) -> Any:
     return [read_structure(item, offsets) for item in nested]
 
 
-def read_calls(
-    entries: Sequence[Config], models: Mapping[str, str]
-) -> tuple[list[Call], dict[str, int], list[str]]:
-    """All calls in a functional model, the offsets of `output_layers`, and what is refused.
+@dataclass
+class Calls:
+    """What `read_calls` finds: calls, offsets for `output_layers`, refusals, and ignored phases."""
 
-    `models` gives the class of every nested model. Keras numbers the calls of a nested model from
-    one where it counts the model's own construction as a call: Keras 2 everywhere (a Sequential
-    only if it declares its input), Keras 3 only for Functional models in `output_layers`.
+    calls: list[Call] = field(default_factory=list)
+    offsets: dict[str, int] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+    ignored_phases: dict[str, bool] = field(default_factory=dict)
+
+
+def read_calls(entries: Sequence[Config], models: Mapping[str, str]) -> Calls:
+    """All calls in a functional model. `models` gives the class of every nested model.
+
+       A phase fixed in the graph, as in `base(x, training=False)`, holds in Keras 2. In Keras 3 the
+       phase of the outermost call (which `fit` and `predict` always give) overrides it.
+    Keras numbers the calls of a nested model from
+       one where it counts the model's own construction as a call: Keras 2 everywhere (a Sequential
+       only if it declares its input), Keras 3 only for Functional models in `output_layers`.
     """
     legacy = any(isinstance(node, list) for entry in entries for node in entry["inbound_nodes"])
     offsets = {
@@ -39,7 +50,7 @@ def read_calls(
         if entry_name(entry) in models
         and (models[entry_name(entry)] != "Sequential" or (legacy and _declares_input(entry)))
     }
-    calls, problems = [], []
+    found = Calls(offsets=offsets)
     for entry in entries:
         name = entry_name(entry)
         for number, node in enumerate(entry["inbound_nodes"]):
@@ -51,10 +62,15 @@ def read_calls(
                 args = [kwargs.pop("inputs")]
             training = kwargs.pop("training", None)
             unknown = sorted(key for key, value in kwargs.items() if value is not None)
-            if unknown or training not in (None, True, False):
-                problems.append(f"{name!r} ({entry['class_name']}: call argument {unknown})")
-            calls.append(Call(name, number, Structure.of(args), training))
-    return calls, offsets, problems
+            if unknown:
+                found.refused.append(f"{name!r} ({entry['class_name']}: call argument {unknown})")
+            if not legacy and training is not None:
+                # Layers that are random only in training write their default, which says nothing.
+                if training or not entry["class_name"].endswith(("Dropout", "Noise")):
+                    found.ignored_phases[name] = training
+                training = None
+            found.calls.append(Call(name, number, Structure.of(args), training))
+    return found
 
 
 def entry_name(entry: Config) -> str:

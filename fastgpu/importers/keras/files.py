@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from fastgpu.errors import FileError
 from fastgpu.importers.keras.hdf5 import damaged, open_hdf5, text_attribute
 from fastgpu.importers.keras.weights import WeightSource
@@ -90,7 +92,12 @@ def _config_object(config: Any) -> Any:
         return _json(config.encode(), "config")
     if isinstance(config, str | Path):
         return _json(_bounded_read(Path(config)), str(config))
-    return config
+    return as_json(config)
+
+
+def as_json(config: Any) -> Any:
+    """A config in memory as it would come out of a file: tuples as lists, arrays as lists."""
+    return json.loads(json.dumps(config, default=lambda value: np.asarray(value).tolist()))
 
 
 @contextmanager

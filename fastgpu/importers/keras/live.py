@@ -3,14 +3,13 @@
 This is the only file that touches Keras objects.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from fastgpu.errors import UnsupportedLayerError
-from fastgpu.importers.keras.files import Checkpoint
+from fastgpu.importers.keras.files import Checkpoint, as_json
 from fastgpu.importers.keras.graph import Graph
 from fastgpu.importers.keras.layers.layer import Path
 from fastgpu.importers.keras.layers.operations import Operation
@@ -32,8 +31,7 @@ def from_live(model: Any) -> Checkpoint:
             got="a model whose forward pass is Python code",
             fix="build it with keras.Model(inputs, outputs)",
         )
-    # Through JSON, so that a live model and a file are the same from here on.
-    config = json.loads(json.dumps(config, default=_plain))
+    config = as_json(config)
     _mark_shared(config, model)
     entry = {"class_name": type(model).__name__, "config": config}
     module = type(model).__module__.split(".")[0]
@@ -88,8 +86,3 @@ def _version(package: str) -> str:
     import sys
 
     return str(getattr(sys.modules.get(package), "__version__", "unknown"))
-
-
-def _plain(value: Any) -> Any:
-    """Arrays and array scalars in a config as lists and numbers."""
-    return np.asarray(value).tolist()

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 State = Literal["complete", "pruned", "failed"]
 _STATES: dict[str, State] = {"COMPLETE": "complete", "PRUNED": "pruned"}
-INTERRUPTED = "the process ended during this trial"
+INTERRUPTED = "the run ended during this trial"
 
 
 @dataclass(frozen=True)
@@ -68,24 +68,20 @@ class TuneResult:
         """The trials as a rich table: the best first, failures last and explained below it."""
         from rich import box
         from rich.table import Table
+        from rich.text import Text
 
-        title = self._title()
-        table = Table(title=title, caption=self._caption(), box=box.SIMPLE_HEAD)
+        # Text, because rich would read the brackets of a plain string as markup.
+        title, caption = Text(self._title()), Text(self._caption())
+        table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, min_width=len(title))
         table.title_justify = table.caption_justify = "left"
-        table.min_width = len(title)
         for column in ("trial", "state", "value", *self.searched, "step", "s"):
             justify = "left" if column == "state" else "right"
-            table.add_column(column, justify=justify, no_wrap=True)
+            table.add_column(Text(column), justify=justify, no_wrap=True)
         for row in sorted(self.trials, key=self._rank):
-            table.add_row(
-                str(row.number),
-                row.state,
-                format_value(row.value),
-                *(format_value(row.config.get(name)) for name in self.searched),
-                format_value(row.step),
-                f"{row.seconds:.1f}",
-                style="bold green" if row.number == self.best_number else None,
-            )
+            drawn = [row.config.get(name) for name in self.searched]
+            values = [row.number, row.state, row.value, *drawn, row.step, f"{row.seconds:.1f}"]
+            style = "bold green" if row.number == self.best_number else None
+            table.add_row(*(Text(format_value(value)) for value in values), style=style)
         return table
 
     def to_json(self) -> str:

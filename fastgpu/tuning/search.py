@@ -7,6 +7,7 @@ between two trials goes on with the very trials it would have had.
 import math
 import re
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -144,9 +145,9 @@ def _search(
         say(_line(study, trials))
         if error is not None and not isinstance(error, NonFiniteError):
             errors.append(error)
-        if len(errors) == _GIVE_UP_AFTER and not _has_value(study, "COMPLETE", "PRUNED"):
+        if len(errors) == _GIVE_UP_AFTER and not _any_trial(study, "COMPLETE", "PRUNED"):
             raise _nothing_succeeded(study) from errors[-1]
-    if not _has_value(study, "COMPLETE"):
+    if not _any_trial(study, "COMPLETE"):
         raise _nothing_succeeded(study) from (errors[-1] if errors else None)
 
 
@@ -165,6 +166,7 @@ def _run_trial(
     except Exception as error:
         trial.set_user_attr("error", _first_line(error))
         study.tell(trial, state=states.FAIL)
+        _release(error)
         return error
     except BaseException:
         trial.set_user_attr("error", INTERRUPTED)
@@ -225,7 +227,7 @@ def _nothing_succeeded(study: "optuna.Study") -> TuningError:
     )
 
 
-def _has_value(study: "optuna.Study", *states: str) -> bool:
+def _any_trial(study: "optuna.Study", *states: str) -> bool:
     trials = study.get_trials(deepcopy=False)
     return any(trial.state.name in states for trial in trials)
 
@@ -234,7 +236,7 @@ def _line(study: "optuna.Study", trials: int) -> str:
     row = TrialRow.of(study.get_trials(deepcopy=False)[-1], {})
     config = " ".join(f"{name}={format_value(value)}" for name, value in row.config.items())
     end = row.error or format_value(row.value)
-    best = format_value(study.best_value) if _has_value(study, "COMPLETE") else "-"
+    best = format_value(study.best_value) if _any_trial(study, "COMPLETE") else "-"
     return (
         f"trial {row.number} (of {trials}): {config} {row.state} {end} "
         f"best={best} {row.seconds:.1f} s"
@@ -243,6 +245,13 @@ def _line(study: "optuna.Study", trials: int) -> str:
 
 def _trial_seed(seed: int, number: int) -> int:
     return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+
+
+def _release(error: BaseException | None) -> None:
+    """Drop what the frames of `error` hold: it may be a training state, on the device."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _first_line(error: Exception) -> str:

@@ -118,12 +118,13 @@ def _claim(study: "optuna.Study", direction: str, dimensions: Mapping[str, Dimen
         recorded = json.dumps(now)
     before = json.loads(recorded) if recorded else {}
     old_direction = study.direction.name.lower()
-    differences = [f"direction was {old_direction}, is {direction}"] * (old_direction != direction)
-    differences += [
+    differences = [
         f"{key!r} was {before.get(key, 'absent')}, is {now.get(key, 'absent')}"
         for key in before | now
         if before.get(key) != now.get(key)
     ]
+    if old_direction != direction:
+        differences.append(f"direction was {old_direction}, is {direction}")
     if differences:
         raise TuningError(
             f"study {study.study_name!r} cannot be resumed: it searched something else",

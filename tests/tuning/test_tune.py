@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,25 @@ def test_an_exception_fails_its_trial_only():
     result = search(objective)
     assert [row.state[0] for row in result.trials] == list("ffcfcc")
     assert result.trials[0].error == "MemoryError: 4 GiB"
+
+
+def test_a_failed_trial_keeps_nothing_alive():
+    """Its exception holds the frames of the objective, and they may hold a training state."""
+    states = []
+
+    def objective(config, trial):
+        state = np.zeros(1000)
+        assert all(earlier() is None for earlier in states)
+        states.append(weakref.ref(state))
+        if trial.number == 0:
+            try:
+                raise ValueError("not enough memory")
+            except ValueError as error:
+                raise RuntimeError("the trial failed") from error
+        return 1.0
+
+    rows = search(objective).trials
+    assert [row.error for row in rows] == ["RuntimeError: the trial failed", *[None] * 5]
 
 
 def test_a_study_whose_trials_all_raise_ends_after_three():
@@ -293,7 +313,7 @@ def test_a_killed_study_resumes_and_its_dead_trial_is_failed(tmp_path):
     assert run_until_signal(storage, "SIGKILL").returncode == -signal.SIGKILL
     result = resume(storage)
     assert [row.state[0] for row in result.trials] == list("ccfccc")
-    assert result.trials[2].error == "the process ended during this trial"
+    assert result.trials[2].error == "the run ended during this trial"
     assert result.trials[2].value is None
 
 
@@ -427,6 +447,16 @@ def test_the_table_puts_the_best_first_and_explains_failures():
     assert lines[4].split()[:2] == [str(result.best_number), "complete"]
     assert lines[-1].strip() == "trial 1 failed: ValueError: no such activation"
     assert "epochs" not in str(result) and isinstance(result.__rich__(), Table)
+
+
+def test_the_table_shows_brackets_as_they_are():
+    def objective(config, trial):
+        if trial.number == 1:
+            raise ValueError("no shape [3] [/a]")
+        return 1.0
+
+    text = str(search(objective, {"shape [px]": ["[8]", "[/16]"]}))
+    assert "ValueError: no shape [3] [/a]" in text and "shape [px]" in text and "[8]" in text
 
 
 def test_json_holds_everything_and_is_strict(tmp_path):

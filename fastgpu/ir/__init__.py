@@ -13,6 +13,7 @@ from fastgpu.ir.cost import program_cost as program_cost
 from fastgpu.ir.cost import roofline_seconds as roofline_seconds
 from fastgpu.ir.lowered import Chooser as Chooser
 from fastgpu.ir.lowered import Site as Site
+from fastgpu.ir.lowered import lower_by as lower_by
 from fastgpu.ir.lowered import stands_for as stands_for
 from fastgpu.ir.printer import to_text as to_text
 from fastgpu.ir.rewrite import Rule as Rule

@@ -5,7 +5,6 @@ change is here.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -183,7 +182,7 @@ def define_primitive(
     """A primitive with several results that compiles to the JAX function `run`."""
     primitive = Primitive(name)
     primitive.multiple_results = True
-    primitive.def_impl(lambda *args, **params: jax.jit(partial(run, **params))(*args))
+    primitive.def_impl(run)
     primitive.def_abstract_eval(out_avals)
     ad.primitive_jvps[primitive] = jvp
     ad.primitive_transposes[primitive] = transpose

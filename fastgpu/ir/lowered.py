@@ -9,18 +9,22 @@ and forward mode, reverse mode, higher derivatives and `vmap` all keep working.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 
 from fastgpu.ir.compat import (
+    ClosedJaxpr,
     JaxprEqn,
     Primitive,
     define_primitive,
+    eval_jaxpr,
     is_linear_input,
     is_zero,
+    map_sub_jaxprs,
+    sub_jaxprs,
 )
-from fastgpu.ir.rewrite import Rules, interpret
 
 
 @dataclass(frozen=True)
@@ -47,19 +51,38 @@ class Chooser:
     primitives: tuple[str, ...]
     choose: Callable[[Site], Callable[..., Any] | None]
 
-    def rules(self) -> Rules:
-        """The rewriter's rules that put `lowered` in place of equations that have other code."""
-        return dict.fromkeys(self.primitives, self._rule)
-
-    def _rule(self, eqn: JaxprEqn) -> Callable[..., Any] | None:
+    def params_for(self, eqn: JaxprEqn) -> dict[str, Any] | None:
+        """The params of the `lowered` equation that may replace `eqn`, or `None`."""
+        if eqn.primitive.name not in self.primitives:
+            return None
+        settings = tuple(sorted(eqn.params.items()))
         in_avals = tuple(v.aval for v in eqn.invars)
-        out_avals = tuple(v.aval for v in eqn.outvars)
-        site = Site(eqn.primitive, tuple(sorted(eqn.params.items())), in_avals, out_avals)
+        site = Site(eqn.primitive, settings, in_avals, tuple(v.aval for v in eqn.outvars))
         if self.choose(site) is None:
             return None
-        return lambda *args: lowered_p.bind(
-            *args, of=site.primitive, settings=site.params, chooser=self
-        )
+        return {"of": eqn.primitive, "settings": settings, "chooser": self}
+
+
+def lower_by(closed: ClosedJaxpr, chooser: Chooser) -> ClosedJaxpr:
+    """Put `lowered` in place of every equation, nested ones included, that has other code.
+
+    Only the equations that change are touched, so nothing is traced again.
+
+    >>> import jax, jax.numpy as jnp
+    >>> chooser = Chooser("by_table", ("sin",), lambda site: jnp.sin)
+    >>> closed = lower_by(jax.make_jaxpr(lambda x: jnp.sin(x) + 1)(1.0), chooser)
+    >>> [(eqn.primitive.name, stands_for(eqn)[0]) for eqn in closed.jaxpr.eqns]
+    [('lowered', 'sin'), ('add', 'add')]
+    """
+
+    def change(eqn: JaxprEqn) -> JaxprEqn:
+        if sub_jaxprs(eqn):
+            return eqn.replace(params=map_sub_jaxprs(eqn, lambda sub: lower_by(sub, chooser)))
+        params = chooser.params_for(eqn)
+        return eqn if params is None else eqn.replace(primitive=lowered_p, params=params)
+
+    jaxpr = closed.jaxpr.replace(eqns=[change(eqn) for eqn in closed.jaxpr.eqns])
+    return ClosedJaxpr(jaxpr, closed.consts)
 
 
 def stands_for(eqn: JaxprEqn) -> tuple[str, dict[str, Any]]:
@@ -78,7 +101,7 @@ def _apply_original(primitive: Primitive, params: Any) -> Callable[..., list[Any
 
 
 def _rerewritten(fn: Callable[..., Any], args: Sequence[Any], chooser: Chooser) -> Any:
-    """`fn(*args)`, with the chooser's rules applied to the equations that it traces to."""
+    """`fn(*args)`, with the chooser's code for the equations that it traces to."""
     leaves, tree = jax.tree.flatten(tuple(args))
     out_tree = None
 
@@ -88,7 +111,8 @@ def _rerewritten(fn: Callable[..., Any], args: Sequence[Any], chooser: Chooser) 
         return out
 
     closed = jax.make_jaxpr(flat)(*leaves)
-    out = interpret(closed.jaxpr, closed.consts, leaves, chooser.rules())
+    closed = lower_by(closed, chooser)
+    out = eval_jaxpr(closed.jaxpr, closed.consts, *leaves)
     assert out_tree is not None
     return jax.tree.unflatten(out_tree, out)
 
@@ -97,6 +121,8 @@ def _out_avals(*avals: Any, of: Primitive, settings: Any, chooser: Chooser) -> l
     return jax.make_jaxpr(_apply_original(of, settings))(*avals).out_avals
 
 
+# Compiled once for equal sites: deep networks repeat their blocks.
+@partial(jax.jit, static_argnames=("of", "settings", "chooser"))
 def _run(*args: Any, of: Primitive, settings: Any, chooser: Chooser) -> list[Any]:
     avals = tuple(jax.typeof(arg) for arg in args)
     outs = _out_avals(*avals, of=of, settings=settings, chooser=chooser)

@@ -44,7 +44,7 @@ def _plain(change: Callable[[ClosedJaxpr], ClosedJaxpr]) -> Callable[..., Closed
 
 
 def _lowering(chooser: ir.Chooser) -> Callable[..., ClosedJaxpr]:
-    return lambda closed, context: ir.rewrite(closed, chooser.rules())
+    return lambda closed, context: ir.lower_by(closed, chooser)
 
 
 DEFAULT_PASSES: tuple[Pass, ...] = (
@@ -139,7 +139,7 @@ def optimize(
     `fn` takes and returns any pytrees. Arrays and numbers are traced; booleans, strings and other
     hashable leaves are constants, each value traced anew. The result is compiled by `jax.jit` and
     composes with `jax.jit`, `jax.grad`, `jax.jvp`, `jax.vmap` and `jax.lax.scan`; derivatives are
-    those of `fn`, and each is optimized too. `target` is a device name (`fastgpu.hardware.DEVICES`);
+    those of `fn`, and each is optimized too. `target` is a name from `fastgpu.hardware.DEVICES`;
     by default it is what JAX runs on.
 
     Raises `TraceError` when an output of `fn` is not an array, `ConfigurationError` for an unknown
@@ -172,7 +172,7 @@ def inspect(
     target: str | Device | None = None,
     **kwargs: Any,
 ) -> "Inspection":
-    """What `optimize` does to `fn` on these arguments (arrays or `jax.ShapeDtypeStruct`).
+    """What `optimize` does to `fn` on these arguments: arrays or `jax.ShapeDtypeStruct`.
 
     >>> import jax.numpy as jnp
     >>> report = inspect(lambda x: jnp.sin(x) + jnp.sin(x), jnp.ones(3))

@@ -5,6 +5,7 @@ broadcast or an iota faster than it loads one. Everything that folds is evaluate
 program.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,10 +19,8 @@ from fastgpu.ir.compat import (
     Literal,
     Tracer,
     Var,
-    bind,
     eval_jaxpr,
     map_sub_jaxprs,
-    scope,
     sub_jaxprs,
 )
 
@@ -44,31 +43,25 @@ def fold_constants(closed: ClosedJaxpr) -> ClosedJaxpr:
     { lambda ; a:f32[3]. let b:f32[3] = mul a 2.0:f32[] in (b,) }
     """
     folded = _foldable(closed)
-    nested = [eqn for eqn in closed.jaxpr.eqns if sub_jaxprs(eqn)]
-    if not folded and not nested:
-        return closed
     values = _evaluate(closed, folded)
     skipped = {id(eqn) for eqn in folded}
+    literals = {v: Literal(x, v.aval) for v, x in values.items() if isinstance(x, np.generic)}
+    arrays = {v: x for v, x in values.items() if v not in literals}
 
-    def rest(*args: Any) -> list[Any]:
-        env: dict[Any, Any] = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-        env.update(zip(closed.jaxpr.invars, args, strict=True))
-        env.update(values)
+    def resolve(atoms: Sequence[Any]) -> list[Any]:
+        return [a if isinstance(a, Literal) else literals.get(a, a) for a in atoms]
 
-        def read(atom: Any) -> Any:
-            return atom.val if isinstance(atom, Literal) else env[atom]
-
-        for eqn in closed.jaxpr.eqns:
-            if id(eqn) in skipped:
-                continue
-            with scope(eqn):
-                params = map_sub_jaxprs(eqn, fold_constants) if sub_jaxprs(eqn) else eqn.params
-                outputs = bind(eqn, [read(atom) for atom in eqn.invars], params)
-            env.update(zip(eqn.outvars, outputs, strict=True))
-        return [read(atom) for atom in closed.jaxpr.outvars]
-
-    result = jax.make_jaxpr(rest)(*closed.in_avals)
-    return ClosedJaxpr(result.jaxpr.replace(debug_info=closed.jaxpr.debug_info), result.consts)
+    eqns = [
+        eqn.replace(invars=resolve(eqn.invars), params=map_sub_jaxprs(eqn, fold_constants))
+        for eqn in closed.jaxpr.eqns
+        if id(eqn) not in skipped
+    ]
+    jaxpr = closed.jaxpr.replace(
+        constvars=[*closed.jaxpr.constvars, *arrays],
+        eqns=eqns,
+        outvars=resolve(closed.jaxpr.outvars),
+    )
+    return ClosedJaxpr(jaxpr, [*closed.consts, *arrays.values()])
 
 
 def _foldable(closed: ClosedJaxpr) -> list[JaxprEqn]:

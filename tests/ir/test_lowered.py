@@ -22,7 +22,7 @@ def _product(a, b):
 
 def _rewritten(a, b):
     traced = ir.trace(_product, a, b)
-    return traced.with_jaxpr(ir.rewrite(traced.closed_jaxpr, CHOOSER.rules())).as_fun()(a, b)
+    return traced.with_jaxpr(ir.lower_by(traced.closed_jaxpr, CHOOSER)).as_fun()(a, b)
 
 
 A = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)

@@ -42,7 +42,7 @@ def matched(closed):
 def rewritten(fn, chooser):
     def wrapped(*args):
         traced = ir.trace(fn, *args)
-        return traced.with_jaxpr(ir.rewrite(traced.closed_jaxpr, chooser.rules())).as_fun()(*args)
+        return traced.with_jaxpr(ir.lower_by(traced.closed_jaxpr, chooser)).as_fun()(*args)
 
     return wrapped
 
@@ -132,7 +132,7 @@ def test_gradients_that_are_already_taken_are_matched_too(case):
     args = (array(x_shape), array(w_shape, 1))
     gradient = jax.grad(lambda x, w: jnp.sum(jnp.sin(conv(x, w))), (0, 1))
     before = jax.make_jaxpr(gradient)(*args)
-    after = ir.rewrite(before, module.CHOOSER.rules())
+    after = ir.lower_by(before, module.CHOOSER)
     assert matched(before) == (0, 3)
     assert matched(after) == (3, 0)
     ir.verify(before, after)
@@ -153,18 +153,18 @@ def test_gradients_that_are_already_taken_are_matched_too(case):
 )
 def test_what_does_not_pay_is_left_alone(chooser, conv, x_shape, w_shape):
     closed = jax.make_jaxpr(conv)(array(x_shape), array(w_shape))
-    assert str(ir.rewrite(closed, chooser.CHOOSER.rules())) == str(closed)
+    assert str(ir.lower_by(closed, chooser.CHOOSER)) == str(closed)
 
 
 @pytest.mark.parametrize("chooser", [pointwise, depthwise, small_spatial])
 def test_integer_and_symbolic_convolutions_are_left_alone(chooser):
     integers = jnp.ones((1, 4, 4, 2), jnp.int32), jnp.ones((1, 1, 2, 3), jnp.int32)
     closed = jax.make_jaxpr(convolution())(*integers)
-    assert matched(ir.rewrite(closed, chooser.CHOOSER.rules())) == (0, 1)
+    assert matched(ir.lower_by(closed, chooser.CHOOSER)) == (0, 1)
     (batch,) = jax.export.symbolic_shape("b")
     x = jax.ShapeDtypeStruct((batch, 4, 4, 2), jnp.float32)
     closed = jax.make_jaxpr(convolution())(x, jnp.ones((1, 1, 2, 3)))
-    assert matched(ir.rewrite(closed, chooser.CHOOSER.rules())) == (0, 1)
+    assert matched(ir.lower_by(closed, chooser.CHOOSER)) == (0, 1)
 
 
 @pytest.mark.parametrize("case", ["pointwise", "depthwise 3x3", "small spatial"])
@@ -233,4 +233,4 @@ def test_a_minimum_and_a_sum_are_left_alone():
             return lax.reduce_window(x, initial, reduce, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
 
         closed = jax.make_jaxpr(jax.grad(lambda x, fn=fn: jnp.sum(fn(x) ** 2)))(array((1, 4, 4, 2)))
-        assert matched(ir.rewrite(closed, max_pool.CHOOSER.rules()))[0] == 0
+        assert matched(ir.lower_by(closed, max_pool.CHOOSER))[0] == 0

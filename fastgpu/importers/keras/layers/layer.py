@@ -145,6 +145,17 @@ def channel_axis(data_format: str) -> int:
     return -1 if data_format == "channels_last" else 1
 
 
+def positive_axis(axis: int, ndim: int) -> int:
+    """An axis counted from the front. Raises `ValueError` if there is no such axis.
+
+    >>> positive_axis(-1, 4)
+    3
+    """
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"axis {axis} of an array of rank {ndim}")
+    return axis % ndim
+
+
 def along_axis(vector: jax.Array, axis: int, ndim: int) -> jax.Array:
     """Reshape a vector so that it broadcasts along `axis` of an array of rank `ndim`.
 

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from fastgpu.importers.keras.layers.initializers import ONES, ZEROS, Initializer
-from fastgpu.importers.keras.layers.layer import ANY, Layer, LayerState, along_axis
+from fastgpu.importers.keras.layers.layer import (
+    ANY,
+    Layer,
+    LayerState,
+    along_axis,
+    positive_axis,
+)
 
 # Keras's backend.epsilon(), the smallest deviation that Normalization divides by.
 _EPSILON = 1e-7
@@ -48,7 +54,7 @@ class BatchNormalization(Layer):
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """Normalize over all axes but one."""
         assert isinstance(self.axis, int)
-        axis = self.axis % x.ndim
+        axis = positive_axis(self.axis, x.ndim)
         shape = (x.shape[axis],)
         gamma = beta = None
         if self.scale:
@@ -116,7 +122,7 @@ class LayerNormalization(Layer):
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """Normalize every example over the given axes."""
         axes = (self.axis,) if isinstance(self.axis, int) else self.axis
-        axes = tuple(sorted(axis % x.ndim for axis in axes))
+        axes = tuple(sorted(positive_axis(axis, x.ndim) for axis in axes))
         shape = tuple(x.shape[axis] for axis in axes)
         broadcast = [x.shape[axis] if axis in axes else 1 for axis in range(x.ndim)]
         original, dtype = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
@@ -147,7 +153,7 @@ class Normalization(Layer):
         """(x - mean) / deviation, or back with `invert`."""
         axes = () if self.axis is None else self.axis
         axes = (axes,) if isinstance(axes, int) else axes
-        axes = tuple(sorted(axis % x.ndim for axis in axes))
+        axes = tuple(sorted(positive_axis(axis, x.ndim) for axis in axes))
         broadcast = [x.shape[axis] if axis in axes else 1 for axis in range(x.ndim)]
         if self.mean is None:
             shape = tuple(x.shape[axis] for axis in axes)

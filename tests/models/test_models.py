@@ -50,12 +50,28 @@ def inference(model):
 
 @functools.cache
 def training(model):
-    """`(variables, x, key) -> (output, updated collections)`."""
-    return jax.jit(
-        lambda variables, x, key: model.apply(
-            variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": key}
-        )
-    )
+    """`(variables, x, seed) -> (output, updated collections, gradient)`: one compilation for all.
+
+    The loss has random weights, so that no parameter's gradient vanishes by symmetry.
+    """
+
+    @jax.jit
+    def run(variables, x, seed):
+        # XLA's own generator: threefry takes a second to compile for each dropout.
+        rngs = {"dropout": jax.random.key(seed, impl="rbg")}
+        rest = {name: value for name, value in variables.items() if name != "params"}
+
+        def loss(params):
+            y, updates = model.apply(
+                {"params": params, **rest}, x, train=True, mutable=["batch_stats"], rngs=rngs
+            )
+            weights = np.random.default_rng(5).normal(size=y.shape)
+            return jnp.sum(weights * jax.nn.log_softmax(y)), (y, updates)
+
+        gradient, (y, updates) = jax.grad(loss, has_aux=True)(variables["params"])
+        return y, updates, gradient
+
+    return run
 
 
 def expected_shape(family: str, x: np.ndarray) -> tuple[int, ...]:
@@ -184,9 +200,7 @@ def test_inference_is_the_default_and_updates_nothing(family):
 @pytest.mark.parametrize("family", WITH_DROPOUT)
 def test_dropout_follows_its_rng(family):
     model, variables, x = tiny(family)
-    first, again, other = (
-        training(model)(variables, x, jax.random.key(seed))[0] for seed in (0, 0, 1)
-    )
+    first, again, other = (training(model)(variables, x, seed)[0] for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, other)
 
@@ -194,7 +208,7 @@ def test_dropout_follows_its_rng(family):
 @pytest.mark.parametrize("family", WITH_BATCH_NORM)
 def test_training_moves_the_batch_statistics(family):
     model, variables, x = tiny(family)
-    _, updates = training(model)(variables, x, jax.random.key(0))
+    _, updates, _ = training(model)(variables, x, 0)
     before, after = variables["batch_stats"], updates["batch_stats"]
     assert jax.tree.structure(before) == jax.tree.structure(after)
     moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, after)
@@ -210,20 +224,9 @@ def test_families_without_batch_norm_have_only_parameters(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_gets_a_finite_gradient(family):
     model, variables, x = tiny(family)
-    params, rest = variables["params"], {k: v for k, v in variables.items() if k != "params"}
-    weights = np.random.default_rng(5).normal(size=expected_shape(family, x))
-
-    def loss(params):
-        y, _ = model.apply(
-            {"params": params, **rest},
-            x,
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": jax.random.key(0)},
-        )
-        return jnp.sum(weights * jax.nn.log_softmax(y))
-
-    for path, leaf in jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(params)):
+    _, _, gradient = training(model)(variables, x, 0)
+    assert jax.tree.structure(gradient) == jax.tree.structure(variables["params"])
+    for path, leaf in jax.tree.leaves_with_path(gradient):
         assert np.isfinite(leaf).all(), path
         assert np.any(leaf != 0), path
 

@@ -64,7 +64,8 @@ def run(out: Path) -> dict[str, Any]:
     }
     (out / RESULT_FILE).write_text(json.dumps(result, indent=1))
     console.rule("[bold]the result", align="left")
-    console.print(_table(out, result, measured))
+    console.print(_table(result, measured))
+    console.print(f"The files are in {out.absolute()}", soft_wrap=True)
     return result
 
 
@@ -212,7 +213,7 @@ def _left_by_a_demo(out: Path) -> bool:
     return (out / RESULT_FILE).exists() or not any(out.iterdir())
 
 
-def _table(out: Path, result: dict[str, Any], measured: BenchmarkReport) -> Table:
+def _table(result: dict[str, Any], measured: BenchmarkReport) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("")
     table.add_column("", justify="right")
@@ -240,5 +241,5 @@ def _table(out: Path, result: dict[str, Any], measured: BenchmarkReport) -> Tabl
             rows.append((f"compiled peak memory, {names[row.side]}", peak, RESULT_FILE))
     rows.append(("the whole demo", f"{result['seconds']:.0f} s", RESULT_FILE))
     for what, value, file in rows:
-        table.add_row(what, value, str(out / file))
+        table.add_row(what, value, file)
     return table

@@ -18,6 +18,7 @@ def main(folder: Path) -> None:
     from keras import layers
     from sklearn.datasets import load_digits
 
+    folder.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(0)
     keras.config.disable_interactive_logging()
 

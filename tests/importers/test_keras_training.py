@@ -123,6 +123,19 @@ def test_half_precision_statistics_are_summed_in_float32(keras: Any, run: Any) -
     np.testing.assert_allclose(state["batch_stats"]["bn"]["moving_variance"], 0.99 + 0.01 / 4)
 
 
+def test_variance_is_accurate_far_from_zero_and_twice_differentiable() -> None:
+    """A mean of 1000 deviations costs no digits; derivatives of order one and two are the exact."""
+    from fastgpu.importers.keras.layers.normalization import _moments
+
+    rng = np.random.default_rng(0)
+    far = jnp.asarray(rng.normal(1000, 1, (512, 3)), "float32")
+    np.testing.assert_allclose(_moments(far, 1)[1], jnp.var(far, 0), rtol=1e-5)
+    x = jnp.asarray(rng.normal(size=(5, 2)), "float32")
+    ours, exact = lambda x: jnp.sum(_moments(x, 1)[1] ** 2), lambda x: jnp.sum(jnp.var(x, 0) ** 2)
+    np.testing.assert_allclose(jax.grad(ours)(x), jax.grad(exact)(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.hessian(ours)(x), jax.hessian(exact)(x), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "varies_over"),
     [

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="height and width of the images")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--optimizer", choices=("sgd", "momentum", "adam"), default="sgd")
-    parser.add_argument("--learning-rate", type=float, default=0.001)
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a side in a round")
     parser.add_argument("--loss-steps", type=int, default=20, help="0: compare no losses")

@@ -18,18 +18,43 @@ from fastgpu.errors import FastGPUError
 COMMANDS = ("env", "import", "inspect", "tune", "train", "benchmark", "export", "demo")
 
 
-def fastgpu_command(*arguments: object, cwd: Path, status: int = 0) -> tuple[str, str]:
-    """Run `fastgpu ...`; returns what it printed to stdout and stderr."""
+_PROGRAM = """
+import contextlib, io, json, sys
+from fastgpu.cli import main
+results = []
+for arguments in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(arguments)
+        except SystemExit as stop:
+            results.append([stop.code, out.getvalue(), err.getvalue()])
+print(json.dumps(results))
+"""
+
+
+def in_one_process(*commands: tuple[object, ...], cwd: Path) -> list[tuple[int, str, str]]:
+    """Run commands one after the other; returns exit code, stdout and stderr of each."""
+    arguments = json.dumps([[str(word) for word in command] for command in commands])
+    return json.loads(_run("-c", _PROGRAM, arguments, cwd=cwd))
+
+
+def fastgpu_command(*arguments: object, cwd: Path) -> str:
+    """What `fastgpu ...` prints, in a process of its own; it must succeed."""
+    return _run("-m", "fastgpu", *arguments, cwd=cwd)
+
+
+def _run(*arguments: object, cwd: Path) -> str:
     result = subprocess.run(
-        [sys.executable, "-m", "fastgpu", *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         cwd=cwd,
-        env=os.environ | {"XDG_CACHE_HOME": str(cwd)},
+        env=os.environ | {"XDG_CACHE_HOME": str(cwd / "cache")},
         capture_output=True,
         text=True,
         timeout=500,
     )
-    assert result.returncode == status, result.stdout + result.stderr
-    return result.stdout, result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -62,96 +87,101 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 
 
 def test_env_is_for_people_and_for_scripts(tmp_path: Path) -> None:
-    text, _ = fastgpu_command("env", cwd=tmp_path)
+    (status, text, _), (_, data, _) = in_one_process(("env",), ("env", "--json"), cwd=tmp_path)
+    assert status == 0
     assert text.startswith(f"fastgpu {fgpu.__version__}\nfastgpu runs on cpu")
-    data = json.loads(fastgpu_command("env", "--json", cwd=tmp_path)[0])
-    assert data["versions"]["jax"] and data["extras"]["keras"] is True
+    assert json.loads(data)["versions"]["jax"] and json.loads(data)["extras"]["keras"] is True
 
 
-def test_import_reports_every_layer(folder: Path) -> None:
-    out, _ = fastgpu_command("import", "model.keras", "--json", cwd=folder)
-    report = json.loads(out)
+def test_import_reports_every_layer_and_inspect_every_pass(folder: Path) -> None:
+    (_, imported, _), (_, inspected, _) = in_one_process(
+        ("import", "model.keras", "--json"),
+        ("inspect", "model.keras", "--batch-size", 2, "--json"),
+        cwd=folder,
+    )
+    report = json.loads(imported)
     assert report["parameter_count"] == 4 * 8 + 8 + 8 * 3 + 3
     assert {entry["status"] for entry in report["entries"]} == {"mapped"}
+    assert [row["pass"] for row in json.loads(inspected)["passes"]][:2] == ["inline", "cse"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "said"),
-    [
-        (("import", "missing.keras"), 1, "missing.keras"),
-        (("import", "data.npz"), 1, "expected:"),
-        (("inspect", "resnet19"), 1, "neither a file nor a model"),
-        (("inspect", "mlp"), 1, "add --shape"),
-        (("train", "model.keras", "model.keras", "--out", "r"), 1, "cannot be read"),
-    ],
-)
-def test_a_failure_is_one_clear_line_and_an_exit_code(
-    arguments: tuple[str, ...], status: int, said: str, folder: Path
-) -> None:
-    out, err = fastgpu_command(*arguments, cwd=folder, status=status)
-    assert out == ""
-    (line,) = err.strip().splitlines()
-    assert line.startswith("fastgpu: ") and said in line
+def test_a_failure_is_one_clear_line_and_an_exit_code(folder: Path) -> None:
+    cases = {
+        ("import", "missing.keras"): "missing.keras",
+        ("import", "data.npz"): "expected:",
+        ("inspect", "resnet19"): "neither a file nor a model",
+        ("inspect", "mlp"): "add --shape",
+        ("inspect", "mlp", "--shape", "4,x"): "sizes like 28,28,1",
+        ("inspect", "mlp", "--shape", "4", "--set", "depth"): "--set NAME=VALUE",
+        ("train", "model.keras", "model.keras", "--out", "r"): "cannot be read",
+        ("train", "model.keras", "data.npz", "--out", "r", "--optimizer", "x"): "adamw, sgd",
+        ("train", "model.keras", "data.npz", "--out", "data.npz"): "give another --out",
+    }
+    results = in_one_process(*cases, cwd=folder)
+    for (command, said), (status, out, err) in zip(cases.items(), results, strict=True):
+        assert (status, out) == (1, ""), command
+        (line,) = err.strip().splitlines()
+        assert line.startswith("fastgpu: ") and said in line
     assert not (folder / "r").exists()
-
-
-def test_inspect_shows_the_passes(folder: Path) -> None:
-    out, _ = fastgpu_command("inspect", "model.keras", "--batch-size", 2, "--json", cwd=folder)
-    assert [row["pass"] for row in json.loads(out)["passes"]][:2] == ["inline", "cse"]
 
 
 def test_train_leaves_a_run_that_can_be_resumed_and_exported(folder: Path) -> None:
     train = ("train", "model.keras", "data.npz", "--out", "run", "--eval-data", "data.npz")
     train += ("--learning-rate", "0.02", "--json")
-    first = json.loads(fastgpu_command(*train, "--epochs", 2, cwd=folder)[0])
+    first = json.loads(fastgpu_command(*train, "--epochs", 2, cwd=folder))
     assert first["steps"] == 2 * 3
     assert {"config.json", "metrics.jsonl", "checkpoints", "variables.npz"} <= set(
         os.listdir(folder / "run")
     )
 
-    resumed = json.loads(fastgpu_command(*train, "--epochs", 6, cwd=folder)[0])
+    resumed = json.loads(fastgpu_command(*train, "--epochs", 6, cwd=folder))
     assert resumed["steps"] == 6 * 3
     assert resumed["last"]["eval_accuracy"] > 0.8
 
     model = fgpu.from_keras(folder / "model.keras")
     variables = read_variables(folder / "run", model.variables)
     with np.load(folder / "data.npz") as data:
-        scores = fgpu.evaluate(
-            fgpu.supervised_loss(model.module), variables, dict(data), batch_size=32
-        )
+        loss = fgpu.supervised_loss(model.module)
+        scores = fgpu.evaluate(loss, variables, dict(data), batch_size=32)
     # what was saved is what was measured, in float32
     assert scores["loss"] == pytest.approx(resumed["last"]["eval_loss"], rel=1e-5)
 
-    _, err = fastgpu_command(*train, "--batch-size", 8, cwd=folder, status=1)
-    assert "holds a run with other settings; expected: batch_size=32; got: batch_size=8" in err
-
-    report = json.loads(
-        fastgpu_command("export", "model.keras", "out", "--run", "run", "--json", cwd=folder)[0]
+    other, exported, again = in_one_process(
+        (*train, "--batch-size", 8),
+        ("export", "model.keras", "out", "--run", "run", "--json"),
+        ("export", "model.keras", "out"),
+        cwd=folder,
     )
+    assert other[0] == 1
+    assert "holds a run with other settings; expected: batch_size=32; got: batch_size=8" in other[2]
+    assert json.loads(exported[1])["trainable_variables"] == 4
     assert (folder / "out" / "saved_model.pb").exists()
-    assert report["trainable_variables"] == 4
-    _, err = fastgpu_command("export", "model.keras", "out", cwd=folder, status=1)
-    assert len(err.strip().splitlines()) == 1 and "out" in err
+    assert again[0] == 1 and len(again[2].strip().splitlines()) == 1
 
 
 def test_a_native_model_is_trained_and_measured(folder: Path) -> None:
     model = ("mlp", "data.npz", "--set", "num_classes=3")
-    fastgpu_command("train", *model, "--out", "native", "--epochs", 1, cwd=folder)
-    out, _ = fastgpu_command("benchmark", *model, "--rounds", 1, "--steps", 1, "--json", cwd=folder)
-    assert [row["side"] for row in json.loads(out)["rows"]] == ["fastgpu", "unoptimized"]
-    _, err = fastgpu_command(
-        "export", "mlp", "o", "--set", "num_classes=4", "--run", "native", cwd=folder, status=1
+    trained, measured, other = in_one_process(
+        ("train", *model, "--out", "native", "--epochs", 1),
+        ("benchmark", *model, "--rounds", 1, "--steps", 1, "--json"),
+        ("export", "mlp", "o", "--set", "num_classes=4", "--run", "native"),
+        cwd=folder,
     )
-    assert "is of another model" in err and not (folder / "o").exists()
+    assert trained[0] == 0
+    assert [row["side"] for row in json.loads(measured[1])["rows"]] == ["fastgpu", "unoptimized"]
+    assert other[0] == 1 and "is of another model" in other[2]
+    assert not (folder / "o").exists()
 
 
 def test_tune_finds_a_configuration_to_train_with(folder: Path) -> None:
     tune = ("tune", "model.keras", "data.npz", "--storage", "tune.db", "--epochs", 1, "--json")
-    result = json.loads(fastgpu_command(*tune, "--trials", 3, cwd=folder)[0])
-    assert set(result["best_config"]) == {"learning_rate", "weight_decay"}
-    assert len(result["trials"]) == 3
-    resumed = json.loads(fastgpu_command(*tune, "--trials", 4, cwd=folder)[0])
-    assert resumed["trials"][:3] == result["trials"]
+    three, four = (
+        json.loads(out)
+        for _, out, _ in in_one_process((*tune, "--trials", 3), (*tune, "--trials", 4), cwd=folder)
+    )
+    assert set(three["best_config"]) == {"learning_rate", "weight_decay"}
+    assert len(three["trials"]) == 3
+    assert four["trials"][:3] == three["trials"]
 
 
 def test_an_unexpected_error_is_one_line_too(

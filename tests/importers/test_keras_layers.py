@@ -1,5 +1,6 @@
 """Every layer of the table, one by one, against Keras; float32 within 1e-5 of the largest value."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -8,8 +9,10 @@ import pytest
 
 from fastgpu.errors import UnsupportedLayerError
 from fastgpu.importers import from_keras
-from fastgpu.importers.keras.layers import OPERATIONS, TABLE
+from fastgpu.importers.keras.layers import OPERATIONS, TABLE, Layer
 from fastgpu.importers.keras.layers.activations import ACTIVATIONS
+from fastgpu.importers.keras.layers.initializers import ONES
+from fastgpu.importers.keras.layers.layer import LayerState
 
 IMAGE, SERIES, VOLUME, VECTOR = (7, 8, 6), (9, 6), (5, 6, 7, 4), (6,)
 FIRST = {"data_format": "channels_first"}
@@ -301,6 +304,34 @@ def test_lambda_is_replaced_by_a_function(keras: Any, run: Any, randomize: Any) 
     layers = [keras.layers.Lambda(lambda x: x * 2, name="twice"), keras.layers.Dense(2)]
     model = randomize(keras.Sequential([keras.Input((3,)), *layers]))
     imported = from_keras(model, custom_objects={"twice": lambda x: x * 2})
+    assert_equal(run, imported, model, batch((3,)))
+
+
+def test_a_custom_layer_with_weights_gets_a_rule(keras: Any, run: Any, randomize: Any) -> None:
+    class Scale(keras.layers.Layer):
+        def __init__(self, power: int, **options: Any) -> None:
+            super().__init__(**options)
+            self.power = power
+
+        def build(self, shape: Any) -> None:
+            self.factor = self.add_weight(name="factor", shape=(shape[-1],))
+
+        def call(self, x: Any) -> Any:
+            return x * self.factor**self.power
+
+        def get_config(self) -> dict[str, Any]:
+            return {**super().get_config(), "power": self.power}
+
+    @dataclass(frozen=True, kw_only=True)
+    class ScaleRule(Layer):
+        power: int
+
+        def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
+            return x * state.weight("factor", x.shape[-1:], ONES) ** self.power
+
+    model = randomize(keras.Sequential([keras.Input((3,)), Scale(3, name="scale")]))
+    imported = from_keras(model, custom_objects={"Scale": ScaleRule})
+    assert imported.variables["params"]["scale"]["factor"].shape == (3,)
     assert_equal(run, imported, model, batch((3,)))
 
 

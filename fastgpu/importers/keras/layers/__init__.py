@@ -14,7 +14,7 @@ from fastgpu.importers.keras.layers.core import (
     Rescaling,
     Softmax,
 )
-from fastgpu.importers.keras.layers.layer import Layer
+from fastgpu.importers.keras.layers.layer import Layer, LayerState
 from fastgpu.importers.keras.layers.merging import (
     Add,
     Average,
@@ -124,4 +124,4 @@ TABLE: dict[str, type[Layer]] = {
     "LayerScale": LayerScale,
 }
 
-__all__ = ["OPERATIONS", "TABLE", "Layer"]
+__all__ = ["OPERATIONS", "TABLE", "Layer", "LayerState"]

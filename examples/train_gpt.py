@@ -62,7 +62,6 @@ state, _ = fgpu.fit(
 )
 
 scores = fgpu.evaluate(step, state, windows(held_out), batch_size=args.batch_size)
-text = b"".join(held_out)
 print(
     f"held out: {scores['loss'] / math.log(2):.3f} bits per byte, accuracy {scores['accuracy']:.3f}"
 )

@@ -1,6 +1,7 @@
 """The export pass: nine operations that TensorFlow cannot read, and those it has no code for."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 import scipy.special
 from jax import lax
 
-from fastgpu import ir
+from fastgpu import ir, models
 from fastgpu.errors import ExportError
 from fastgpu.exporters import tensorflow_ops
 from fastgpu.exporters.tensorflow_ops import refuse_unknown_calls, runnable_in_tensorflow
@@ -45,7 +46,7 @@ def test_each_form_has_the_digits_of_its_dtype(name, dtype, relative):
     with np.errstate(all="ignore"):
         wanted = reference(x.astype(np.float64)).astype(dtype)
     with jax.enable_x64(dtype is np.float64):
-        got = np.asarray(runnable_in_tensorflow(getattr(lax, name))(jnp.asarray(x)))
+        got = np.asarray(jax.jit(runnable_in_tensorflow(getattr(lax, name)))(x))
     assert got.dtype == dtype
     np.testing.assert_allclose(got, wanted, rtol=relative, atol=np.finfo(dtype).tiny)
     not_nan = ~np.isnan(wanted)
@@ -56,7 +57,7 @@ def test_each_form_has_the_digits_of_its_dtype(name, dtype, relative):
 @pytest.mark.parametrize("axis", [0, 1])
 def test_top_k_orders_ties_as_xla_does(dtype, axis):
     x = jnp.asarray(np.random.default_rng(1).integers(0, 9, (12, 11)), dtype)
-    values, indices = tensorflow_ops.top_k(x, k=7, axis=axis)
+    values, indices = jax.jit(partial(tensorflow_ops.top_k, k=7, axis=axis))(x)
     wanted_values, wanted_indices = lax.top_k(x, 7, axis=axis)
     assert values.dtype == dtype
     np.testing.assert_array_equal(values, wanted_values)
@@ -88,7 +89,8 @@ def test_nested_programs_are_rewritten_and_nothing_else():
     assert not after & tensorflow_ops.PORTABLE_FORMS.keys()
     assert before - replaced <= after
     x = jnp.linspace(-0.9, 0.9, 4)
-    np.testing.assert_allclose(runnable_in_tensorflow(fn)(x), fn(x), rtol=1e-6)
+    rewritten = jax.jit(runnable_in_tensorflow(fn))
+    np.testing.assert_allclose(rewritten(x), jax.jit(fn)(x), rtol=1e-6)
 
 
 def test_a_function_without_such_operations_keeps_its_jaxpr():
@@ -100,10 +102,22 @@ def test_a_function_without_such_operations_keeps_its_jaxpr():
 
 
 def test_symbolic_sizes_stay_symbolic():
-    (shape,) = (jax.export.symbolic_shape("batch, 5"),)
+    shape = jax.export.symbolic_shape("batch, 5")
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     out, indices = jax.eval_shape(runnable_in_tensorflow(lambda x: lax.top_k(lax.erf(x), 2)), x)
     assert str(out.shape) == str(indices.shape) == "(batch, 2)"
+
+
+@pytest.mark.parametrize("family", models.families())
+def test_every_reference_model_has_a_portable_program_for_any_batch(family):
+    model, x = models.tiny(family)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    shape = jax.export.symbolic_shape(f"batch, {', '.join(map(str, x.shape[1:]))}")
+    exported = jax.export.export(
+        jax.jit(runnable_in_tensorflow(model.apply)), platforms=("cpu", "cuda")
+    )(variables, jax.ShapeDtypeStruct(shape, x.dtype))
+    refuse_unknown_calls(exported.mlir_module())
+    assert str(exported.out_avals[0].shape[0]) == "batch"
 
 
 _SQUARE = jnp.eye(3)

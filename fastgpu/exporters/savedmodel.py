@@ -84,8 +84,10 @@ def export_saved_model(
     an earlier export, and only that), when its folder is read-only, when an operation cannot run
     in TensorFlow, or when the numbers differ; `MissingExtraError` without TensorFlow.
 
-        report = fgpu.export_saved_model(model.module, state.variables, "out/")
-        print(report)
+    >>> report = export_saved_model(model.module, state.variables, "out/")  # doctest: +SKIP
+    >>> print(report)  # doctest: +SKIP
+    out: SavedModel, 0.05 MB, 8 variables (6 trainable), platforms cpu, cuda, verified in 9.1 s
+    ...
     """
     started = time.perf_counter()
     tf = require("tensorflow", "tensorflow")

@@ -208,27 +208,39 @@ def family(name, dtype):
     return loss, variables, x
 
 
-# A sum taken in another order moves a few hundred float32 ulps through a network and its gradient;
-# in bfloat16 every layer rounds to 8 bits, and a rounding that flips moves later ones.
-TOLERANCE = {"float32": 2e-4, "bfloat16": 6e-2}
+# A sum taken in another order moves a few hundred float32 ulps through a network and its gradient.
+TOLERANCE = 2e-4
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+def results(fn, variables, x):
+    return jax.jit(jax.value_and_grad(fn, has_aux=True))(variables, x, jax.random.key(1))
+
+
 @pytest.mark.parametrize("name", models.families())
-def test_outputs_and_gradients_of_every_family(name, dtype):
-    loss, variables, x = family(name, jnp.dtype(dtype))
+def test_outputs_and_gradients_of_every_family(name):
+    loss, variables, x = family(name, jnp.dtype("float32"))
+    assert_close(results(optimize(loss), variables, x), results(loss, variables, x), TOLERANCE)
 
-    def results(fn):
-        return jax.jit(jax.value_and_grad(fn, has_aux=True))(variables, x, jax.random.key(1))
 
-    assert_close(results(optimize(loss)), results(loss), TOLERANCE[dtype])
+@pytest.mark.parametrize("name", models.families())
+def test_in_bfloat16_every_family_is_as_exact_as_it_was(name, distance):
+    # A rounding to 8 bits that flips moves every later one, so both are held to float32: the
+    # optimized numbers may be no further away than the original's.
+    exact, variables, x = family(name, jnp.dtype("float32"))
+    loss, _, _ = family(name, jnp.dtype("bfloat16"))
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(jnp.bfloat16).astype(jnp.float32)
+    truth = results(exact, variables, x)
+    plain, fast = (results(fn, variables, x) for fn in (loss, optimize(loss)))
+    for part in (0, 1):
+        assert distance(fast[part], truth[part]) <= 1.25 * distance(plain[part], truth[part]) + 1e-4
 
 
 @pytest.mark.parametrize("name", models.families())
 def test_gradients_under_vmap_inside_of_scan(name):
     loss, variables, x = family(name, jnp.dtype("float32"))
 
-    def results(fn):
+    def totals(fn):
         def body(total, key):
             per_copy = jax.vmap(jax.grad(lambda v, x: fn(v, x, key)[0]), (None, 0))
             gradient = jax.tree.map(
@@ -240,4 +252,4 @@ def test_gradients_under_vmap_inside_of_scan(name):
         keys = jax.random.split(jax.random.key(2), 2)
         return jax.jit(lambda: jax.lax.scan(body, start, keys)[0])()
 
-    assert_close(results(optimize(loss)), results(loss), TOLERANCE["float32"])
+    assert_close(totals(optimize(loss)), totals(loss), TOLERANCE)

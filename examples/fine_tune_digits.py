@@ -3,8 +3,7 @@
     python fastgpu/cli/demo/keras_script.py runs/digits    # a plain Keras script saves a checkpoint
     python examples/fine_tune_digits.py runs/digits
 
-Takes about a minute on 2 CPU cores, most of it for the export and its verification. Test accuracy
-is about 0.966 before and should reach 0.99.
+The two take a minute of CPU time. Test accuracy is 0.966 before, and should reach 0.99.
 """
 
 import sys

@@ -44,10 +44,31 @@ def randomize(model: keras.Model, seed: int) -> None:
         else:
             fan_in = np.prod(shape[:-1]) if "depthwise" not in weight.path else np.prod(shape[:2])
             value = rng.standard_normal(shape, dtype="float32") * np.sqrt(2 / fan_in)
+        if len(shape) > 1 and shape[-1] == 1000:
+            value = value / 10  # The classifier: a softmax that is not one-hot.
         weight.assign(value.astype(weight.dtype))
     for layer in model.layers:
         if isinstance(layer, keras.layers.Normalization):
             layer.finalize_state()  # It computes with copies of its weights.
+
+
+def settle(model: keras.Model, x: np.ndarray, seed: int) -> None:
+    """Set batch statistics near those of `x`, so that a deep network neither blows up nor dies.
+
+    Otherwise the softmax at its end is a one-hot vector, equal whatever the weights were.
+    """
+    rng = np.random.default_rng(seed)
+    norms = [layer for layer in model.layers if hasattr(layer, "moving_variance")]
+    momenta = [layer.momentum for layer in norms]
+    for layer in norms:
+        layer.momentum = 0.0
+    model(x, training=True)
+    for layer, momentum in zip(norms, momenta, strict=True):
+        layer.momentum = momentum
+        variance, size = np.asarray(layer.moving_variance), layer.moving_mean.shape
+        off = 0.05 * np.sqrt(variance) * rng.normal(size=size)
+        layer.moving_mean.assign(np.asarray(layer.moving_mean) + off)
+        layer.moving_variance.assign(variance * rng.uniform(0.9, 1.1, size))
 
 
 def main(folder: Path, names: list[str]) -> None:
@@ -58,12 +79,13 @@ def main(folder: Path, names: list[str]) -> None:
         build = getattr(keras.applications, name)
         model = build(weights=None, input_shape=shape, **options)
         randomize(model, seed)
-        model.save(folder / f"{name}.keras")
-        x = np.random.default_rng(seed).uniform(0, 255, (2, *shape)).astype("float32")
+        x = np.random.default_rng(seed).uniform(0, 255, (4, *shape)).astype("float32")
         if not any(
             layer.__class__.__name__ in ("Rescaling", "Normalization") for layer in model.layers
         ):
             x = x / 127.5 - 1
+        settle(model, x, seed)
+        model.save(folder / f"{name}.keras")
         y = np.asarray(model(x))
         np.savez(folder / f"{name}.npz", x=x, y=y, parameters=model.count_params())
         keras.backend.clear_session()

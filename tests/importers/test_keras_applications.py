@@ -50,7 +50,7 @@ def assert_equal_to_keras(folder: Path, models: list[str]) -> None:
     assert list(results) == names
     for result in results.values():
         assert result["relative_error"] < 1e-4, result
-        assert result["spread"] > 1e-3, f"outputs are all alike, the comparison is empty: {result}"
+        assert result["distinct_outputs"] > 10, f"one-hot outputs prove nothing: {result}"
         assert result["parameters"] == result["reported"] == result["expected_parameters"], result
 
 

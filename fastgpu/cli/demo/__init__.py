@@ -228,7 +228,7 @@ def _table(result: dict[str, Any], measured: BenchmarkReport) -> Table:
     ]
     names = {
         "fastgpu": "fastgpu",
-        "unoptimized": "fastgpu without passes",
+        "unoptimized": "fastgpu, no passes",
         "keras-jax": "Keras fit on JAX",
         "keras-tensorflow": "Keras fit on TensorFlow",
     }

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", default="", help="run the rows whose name has this text")
     args = parser.parse_args()
-    fgpu.configure(device="cpu", compilation_cache=False, quiet=True)
+    fgpu.configure(device="cpu", cache=False, quiet=True)
     rows = []
     print(f"{'operation':<34}{'part':<17}{'XLA ms':>9}{'ours ms':>9}{'ratio':>8}")
     for name, parts in operations().items():

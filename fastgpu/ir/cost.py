@@ -76,12 +76,16 @@ def roofline_seconds(eqn: JaxprEqn, device: Device) -> float:
     '2.50e-06'
     """
     cost = equation_cost(eqn)
-    dtypes = [v.aval.dtype for v in eqn.outvars if hasattr(v.aval, "dtype")]
+    dtypes = [dtype for v in eqn.outvars if (dtype := getattr(v.aval, "dtype", None)) is not None]
     return device.seconds(cost.flops, cost.bytes_moved, dtypes[0] if dtypes else "float32")
 
 
+def _shape(atom: Any) -> tuple[int, ...]:
+    return getattr(atom.aval, "shape", ())
+
+
 def _size(atom: Any) -> int:
-    return math.prod(getattr(atom.aval, "shape", ()))
+    return math.prod(_shape(atom))
 
 
 def _none(eqn: JaxprEqn, params: dict[str, Any]) -> float:
@@ -98,14 +102,14 @@ def _one_per_input(eqn: JaxprEqn, params: dict[str, Any]) -> float:
 
 def _dot(eqn: JaxprEqn, params: dict[str, Any]) -> float:
     (contract, _), _ = params["dimension_numbers"]
-    shape = eqn.invars[0].aval.shape
+    shape = _shape(eqn.invars[0])
     return 2 * _size(eqn.outvars[0]) * math.prod(shape[axis] for axis in contract)
 
 
 def _convolution(eqn: JaxprEqn, params: dict[str, Any]) -> float:
     # Each output element sums over the window and its group's input features. Batch groups split
     # the examples instead, which `rhs` does not show.
-    rhs = eqn.invars[1].aval.shape
+    rhs = _shape(eqn.invars[1])
     spec = params["dimension_numbers"].rhs_spec
     per_output = math.prod(rhs) // rhs[spec[0]]
     dilation = math.prod(params["lhs_dilation"])

@@ -88,7 +88,8 @@ def _matches(jaxpr: Jaxpr, rules: Rules) -> bool:
 
 
 def _check_outputs(eqn: JaxprEqn, outputs: list[Any], rule: Any) -> None:
-    expected = [(v.aval.shape, v.aval.dtype) for v in eqn.outvars if hasattr(v.aval, "shape")]
+    avals: list[Any] = [v.aval for v in eqn.outvars]
+    expected = [(aval.shape, aval.dtype) for aval in avals if hasattr(aval, "shape")]
     got = [(jnp.shape(output), jnp.result_type(output)) for output in outputs]
     if expected != got:
         raise VerificationError(

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-from jax.tree_util import PyTreeDef
 
 from fastgpu.errors import TraceError
 from fastgpu.ir.compat import ClosedJaxpr, eval_jaxpr
@@ -19,8 +18,8 @@ class Traced:
     """
 
     closed_jaxpr: ClosedJaxpr
-    in_tree: PyTreeDef
-    out_tree: PyTreeDef
+    in_tree: Any
+    out_tree: Any
 
     def as_fun(self) -> Callable[..., Any]:
         """A function of the original pytrees that evaluates `closed_jaxpr`.
@@ -60,7 +59,7 @@ def trace(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Traced:
     { lambda ; a:f32[3]. let b:f32[3] = sin a in (b,) }
     """
     leaves, in_tree = jax.tree.flatten((args, kwargs))
-    out_tree: list[PyTreeDef] = []
+    out_tree: list[Any] = []
 
     def flat(*flat_args: Any) -> list[Any]:
         args, kwargs = jax.tree.unflatten(in_tree, flat_args)

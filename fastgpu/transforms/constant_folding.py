@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fastgpu.ir.analysis import aval_bytes
@@ -87,7 +88,7 @@ def _foldable(closed: ClosedJaxpr) -> list[JaxprEqn]:
 
 def _is_small_array(v: Var) -> bool:
     dtype = getattr(v.aval, "dtype", None)
-    if dtype is None or jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+    if dtype is None or jnp.issubdtype(dtype, jax.dtypes.extended):
         return False
     return aval_bytes(v.aval) <= MOST_BYTES
 

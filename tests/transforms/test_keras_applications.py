@@ -68,11 +68,6 @@ def assert_same(module, variables, x, distance):
     assert distance(gradient, gradient_) < 1e-3
 
 
-def test_a_small_application_and_its_gradient(distance):
-    model, x = imported("MobileNet")
-    assert_same(model.module, model.variables, x, distance)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", APPLICATIONS)
 def test_ten_applications_and_their_gradients(name, distance):

@@ -77,7 +77,8 @@ def test_it_composes_with_every_transformation():
         optimize,
     ]
     for transform in transforms_of:
-        assert_close(transform(optimize(fn))(x, w), transform(fn)(x, w), 2e-6)
+        # The original runs operation by operation, ours as one program: tens of float32 ulps.
+        assert_close(transform(optimize(fn))(x, w), transform(fn)(x, w), 5e-5)
 
 
 def test_captured_values_of_an_outer_trace_are_used():

@@ -49,7 +49,7 @@ POOLS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", default="", help="run the rows whose name has this text")
     args = parser.parse_args()

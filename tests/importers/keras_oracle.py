@@ -52,12 +52,11 @@ def randomize(model: keras.Model, seed: int) -> None:
             layer.finalize_state()  # It computes with copies of its weights.
 
 
-def settle(model: keras.Model, x: np.ndarray, seed: int) -> None:
-    """Set batch statistics near those of `x`, so that a deep network neither blows up nor dies.
+def settle(model: keras.Model, x: np.ndarray) -> None:
+    """Set the batch statistics to those of `x`, so that a deep network neither blows up nor dies.
 
-    Otherwise the softmax at its end is a one-hot vector, equal whatever the weights were.
+    Otherwise the softmax at its end is a one-hot vector, and the outputs say little.
     """
-    rng = np.random.default_rng(seed)
     norms = [layer for layer in model.layers if hasattr(layer, "moving_variance")]
     momenta = [layer.momentum for layer in norms]
     for layer in norms:
@@ -65,10 +64,6 @@ def settle(model: keras.Model, x: np.ndarray, seed: int) -> None:
     model(x, training=True)
     for layer, momentum in zip(norms, momenta, strict=True):
         layer.momentum = momentum
-        variance, size = np.asarray(layer.moving_variance), layer.moving_mean.shape
-        off = 0.05 * np.sqrt(variance) * rng.normal(size=size)
-        layer.moving_mean.assign(np.asarray(layer.moving_mean) + off)
-        layer.moving_variance.assign(variance * rng.uniform(0.9, 1.1, size))
 
 
 def main(folder: Path, names: list[str]) -> None:
@@ -84,7 +79,7 @@ def main(folder: Path, names: list[str]) -> None:
             layer.__class__.__name__ in ("Rescaling", "Normalization") for layer in model.layers
         ):
             x = x / 127.5 - 1
-        settle(model, x, seed)
+        settle(model, x)
         model.save(folder / f"{name}.keras")
         y = np.asarray(model(x))
         np.savez(folder / f"{name}.npz", x=x, y=y, parameters=model.count_params())

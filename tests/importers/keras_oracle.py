@@ -33,8 +33,10 @@ def randomize(model: keras.Model, seed: int) -> None:
     rng = np.random.default_rng(seed)
     for weight in model.weights:
         kind, shape = weight.path.rsplit("/", 1)[-1], tuple(weight.shape)
-        if kind in ("gamma", "moving_variance", "variance"):
+        if kind in ("moving_variance", "variance"):
             value = rng.uniform(0.5, 1.5, shape)
+        elif kind == "gamma":
+            value = rng.uniform(0.2, 0.6, shape)  # Above one, residuals amplify rounding errors.
         elif kind in ("beta", "bias", "moving_mean", "mean"):
             value = rng.normal(0, 0.2, shape)
         elif kind == "count":

@@ -87,11 +87,13 @@ class BenchmarkReport:
     def loss_deviations(self) -> dict[str, float]:
         """The largest relative difference of each side's loss curve from fastgpu's."""
         ours = self.losses.get("fastgpu", ())
-        return {
-            side: max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(curve, ours, strict=True))
-            for side, curve in self.losses.items()
-            if ours
-        }
+        return {side: _deviation(curve, ours) for side, curve in self.losses.items() if ours}
+
+    @property
+    def peer_deviation(self) -> float | None:
+        """The same between the Keras backends: what rounding alone makes of these losses."""
+        curves = [curve for side, curve in self.losses.items() if side.startswith("keras-")]
+        return _deviation(*curves) if len(curves) == 2 else None
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as a JSON-ready dict."""
@@ -114,6 +116,7 @@ class BenchmarkReport:
             ],
             "losses": {side: list(curve) for side, curve in self.losses.items()},
             "loss_deviations": self.loss_deviations,
+            "peer_deviation": self.peer_deviation,
         }
 
     def __str__(self) -> str:
@@ -143,12 +146,19 @@ class BenchmarkReport:
         )
 
     def _loss_lines(self) -> list[str]:
-        return [
+        lines = [
             f"losses of {len(self.losses[side])} steps differ from fastgpu's by at most "
             f"{deviation:.1e} ({side})"
             for side, deviation in self.loss_deviations.items()
             if side != "fastgpu"
         ]
+        if self.peer_deviation is not None:
+            lines.append(f"those of the Keras backends from each other: {self.peer_deviation:.1e}")
+        return lines
+
+
+def _deviation(curve: Sequence[float], other: Sequence[float]) -> float:
+    return max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(curve, other, strict=True))
 
 
 def _mebibytes(count: int | None) -> str:

@@ -30,6 +30,13 @@ def test_loss_curves_are_compared_with_that_of_fastgpu(report: BenchmarkReport) 
     assert report.loss_deviations == {"fastgpu": 0.0, "keras-jax": pytest.approx(0.1)}
 
 
+def test_the_keras_backends_show_what_rounding_makes_of_the_losses() -> None:
+    curves = {"fastgpu": [2.0], "keras-jax": [2.2], "keras-tensorflow": [2.0]}
+    report = BenchmarkReport("m", [Row("fastgpu", [[1.0]], 1, 0.1, None, None)], curves)
+    assert report.peer_deviation == pytest.approx(0.1)
+    assert "from each other: 1.0e-01" in str(report)
+
+
 def test_it_prints_a_table_and_writes_json(report: BenchmarkReport) -> None:
     lines = str(report).splitlines()
     assert lines[0] == "m"

@@ -37,6 +37,7 @@ def main(folder: Path, names: list[str]) -> None:
             "name": name,
             "relative_error": float(error),
             "distinct_outputs": int((known["y"] > 1e-3 * known["y"].max()).sum()),
+            "spread": float(known["y"].std() / known["y"].max()),
             "parameters": counted,
             "reported": imported.report.parameter_count,
             "expected_parameters": int(known["parameters"]),

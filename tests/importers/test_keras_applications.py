@@ -51,6 +51,7 @@ def assert_equal_to_keras(folder: Path, models: list[str]) -> None:
     for result in results.values():
         assert result["relative_error"] < 1e-4, result
         assert result["distinct_outputs"] > 10, f"one-hot outputs prove nothing: {result}"
+        assert result["spread"] > 0.01, f"uniform outputs prove nothing: {result}"
         assert result["parameters"] == result["reported"] == result["expected_parameters"], result
 
 

@@ -56,10 +56,6 @@ def first_use_of_jax(frame: FrameType) -> str | None:
 
     Looks for a call into JAX above that line at module level of the same file, then for arrays
     that other modules of the user hold as globals. A guess for an error message, nothing more.
-
-    >>> import sys
-    >>> first_use_of_jax(sys._getframe()) is None
-    True
     """
     return _call_above(frame.f_code.co_filename, frame.f_lineno) or _array_in_a_module()
 

@@ -235,7 +235,9 @@ def test_lazy_calls_are_not_taken_for_the_first_use(tmp_path: Path) -> None:
     )
     scope: dict[str, object] = {}
     exec(compile(script.read_text(), str(script), "exec"), scope)
-    assert first_use_of_jax(scope["frame"]) is None  # pyright: ignore[reportArgumentType]
+    found = first_use_of_jax(scope["frame"])  # pyright: ignore[reportArgumentType]
+    # Other test modules in this process may well hold arrays: this script must not be blamed.
+    assert "lazy.py" not in (found or "")
 
 
 def test_a_configuration_is_frozen() -> None:

@@ -9,27 +9,27 @@ numerics with JAX. Writes FOLDER/NAME.keras and FOLDER/NAME.npz (x, y, parameter
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-os.environ["KERAS_BACKEND"] = "tensorflow"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-
-import keras
 import numpy as np
-from keras.src.initializers import random_initializers
-
-# Every weight is replaced below: drawing it first would take most of the time.
-for initializer in (
-    random_initializers.VarianceScaling,
-    random_initializers.RandomNormal,
-    random_initializers.RandomUniform,
-    random_initializers.TruncatedNormal,
-):
-    initializer.__call__ = lambda self, shape, dtype=None, **_: keras.ops.zeros(shape, dtype)
 
 
-def randomize(model: keras.Model, seed: int) -> None:
-    """Random weights that keep activations in range, and batch statistics that are not 0 and 1."""
+def import_keras() -> Any:
+    """Keras on TensorFlow, drawing no weights: all are replaced, and it takes most of the time."""
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    import keras
+    from keras.src.initializers import random_initializers as drawn
+
+    for name in ("VarianceScaling", "RandomNormal", "RandomUniform", "TruncatedNormal"):
+        zeros = lambda self, shape, dtype=None: keras.ops.zeros(shape, dtype)  # noqa: E731
+        getattr(drawn, name).__call__ = zeros
+    return keras
+
+
+def randomize(model: Any, seed: int) -> None:
+    """Random weights that keep activations in range."""
     rng = np.random.default_rng(seed)
     for weight in model.weights:
         kind, shape = weight.path.rsplit("/", 1)[-1], tuple(weight.shape)
@@ -50,11 +50,11 @@ def randomize(model: keras.Model, seed: int) -> None:
             value = value / 10  # The classifier: a softmax that is not one-hot.
         weight.assign(value.astype(weight.dtype))
     for layer in model.layers:
-        if isinstance(layer, keras.layers.Normalization):
-            layer.finalize_state()  # It computes with copies of its weights.
+        if hasattr(layer, "finalize_state"):
+            layer.finalize_state()  # Normalization computes with copies of its weights.
 
 
-def settle(model: keras.Model, x: np.ndarray) -> None:
+def settle(model: Any, x: np.ndarray) -> None:
     """Set the batch statistics to those of `x`, so that a deep network neither blows up nor dies.
 
     Otherwise the softmax at its end is a one-hot vector, and the outputs say little.
@@ -69,17 +69,16 @@ def settle(model: keras.Model, x: np.ndarray) -> None:
 
 
 def main(folder: Path, names: list[str]) -> None:
+    keras = import_keras()
     for seed, wanted in enumerate(names):
         name, size, *alpha = wanted.split(":")
         options = {"alpha": float(alpha[0])} if alpha else {}
         shape = (int(size), int(size), 3)
-        build = getattr(keras.applications, name)
-        model = build(weights=None, input_shape=shape, **options)
+        model = getattr(keras.applications, name)(weights=None, input_shape=shape, **options)
         randomize(model, seed)
         x = np.random.default_rng(seed).uniform(0, 255, (4, *shape)).astype("float32")
-        if not any(
-            layer.__class__.__name__ in ("Rescaling", "Normalization") for layer in model.layers
-        ):
+        scales = {"Rescaling", "Normalization"} & {type(layer).__name__ for layer in model.layers}
+        if not scales:
             x = x / 127.5 - 1
         settle(model, x)
         model.save(folder / f"{name}.keras")

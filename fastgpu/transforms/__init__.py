@@ -55,7 +55,7 @@ DEFAULT_PASSES: tuple[Pass, ...] = (
         "pointwise",
         "forward",
         _lowering(pointwise.CHOOSER),
-        "a 1x1 convolution is a matrix product, which the CPU backend runs 2 to 4 times faster",
+        "a 1x1 convolution is a matrix product: its weight gradient is 3 to 25 times faster on CPU",
         platforms=("cpu",),
     ),
     Pass(

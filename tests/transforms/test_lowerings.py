@@ -110,8 +110,8 @@ CASES = {
         (2, 9, 4),
         (3, 1, 4),
     ),
-    "small spatial": (small_spatial, convolution(), (2, 4, 4, 256), (3, 3, 256, 256)),
-    "small spatial stride 2": (small_spatial, convolution(2), (2, 4, 4, 256), (3, 3, 256, 256)),
+    "small spatial": (small_spatial, convolution(), (2, 4, 4, 512), (3, 3, 512, 512)),
+    "small spatial stride 2": (small_spatial, convolution(2), (2, 4, 4, 512), (3, 3, 512, 512)),
 }
 
 
@@ -147,7 +147,7 @@ def test_gradients_that_are_already_taken_are_matched_too(case):
         (depthwise, convolution(groups=2), (2, 8, 8, 4), (3, 3, 2, 4)),
         (depthwise, convolution(groups=4), (2, 16, 16, 4), (9, 9, 1, 4)),
         (depthwise, convolution(), (2, 8, 8, 1), (3, 3, 1, 1)),
-        (small_spatial, convolution(), (2, 8, 8, 256), (3, 3, 256, 256)),
+        (small_spatial, convolution(), (2, 8, 8, 512), (3, 3, 512, 512)),
         (small_spatial, convolution(), (2, 4, 4, 64), (3, 3, 64, 64)),
     ],
 )

@@ -34,6 +34,9 @@ def choose(site: Site) -> Callable[..., jax.Array] | None:
         return None
     if not 1 < math.prod(site["window_dimensions"]) <= _MOST_TAPS:
         return None
+    if all(stride == 1 for stride in site["window_strides"]):
+        # Every input lies in every tap's output: the additions cost more than the scatter.
+        return None
     if site.primitive.name == "select_and_scatter_add":
         return lambda source, operand: _scatter(_Pool(site), source, operand)
     undilated = all(d == 1 for d in (*site["base_dilation"], *site["window_dilation"]))

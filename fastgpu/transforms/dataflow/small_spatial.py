@@ -1,9 +1,8 @@
 """Wide convolutions over few positions as a matrix product of their windows.
 
 At 4x4 positions and 512 features, a 3x3 convolution has too few positions to keep XLA's CPU loop
-busy: copying every window out and multiplying once is up to twice as fast
-(`benchmarks/lowerings.py`). The windows are small there; with more positions the copies would cost
-more than they gain.
+busy: copying every window out and multiplying once is 1.2 to 1.4 times as fast
+(`benchmarks/lowerings.py`). With more positions, or 256 features, the copies cost what they gain.
 """
 
 import itertools
@@ -19,7 +18,7 @@ from fastgpu.transforms.dataflow.convolution import Convolution
 
 _MOST_TAPS = 9
 _MOST_POSITIONS = 16
-_FEWEST_FEATURES = 256
+_FEWEST_FEATURES = 512
 
 
 def choose(site: Site) -> Callable[..., jax.Array] | None:

@@ -3,9 +3,8 @@
     python benchmarks/keras_applications.py --models MobileNetV2,ResNet50,EfficientNetV2B0 \
         --size 128 --batch 16 --json keras_applications.json
 
-takes about 15 minutes on two cores. On such a machine (AVX2, no GPU) a step of Keras on JAX takes
-at least 5 times as long as fastgpu's for MobileNetV2, 4 times for EfficientNetV2B0, 1.6 times for
-ResNet50. Losses of the first 20 steps from the same weights, dropout off, are compared too. From
+takes about 15 minutes on two cores; `benchmarks/results` has the figures of the last run.
+Losses of the first 20 steps from the same weights, dropout off, are compared too. From
 random weights float32 rounding grows with every step, between any two programs: the deviation of
 the two Keras backends from each other, printed last, is the measure for ours.
 """

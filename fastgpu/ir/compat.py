@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.core import AbstractValue, ShapedArray, Tracer, eval_jaxpr
+from jax.core import AbstractValue, Tracer, eval_jaxpr
 from jax.extend import source_info_util
 from jax.extend.core import (
     ClosedJaxpr,
@@ -20,7 +20,6 @@ from jax.extend.core import (
     Var,
     check_jaxpr,
     jaxpr_as_fun,
-    new_jaxpr_eqn,
 )
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters.partial_eval import dce_jaxpr
@@ -33,7 +32,6 @@ __all__ = [
     "JaxprEqn",
     "Literal",
     "Primitive",
-    "ShapedArray",
     "Tracer",
     "Var",
     "bind",
@@ -46,7 +44,6 @@ __all__ = [
     "is_zero",
     "jaxpr_as_fun",
     "map_sub_jaxprs",
-    "new_jaxpr_eqn",
     "platform",
     "scope",
     "source_line",

@@ -96,6 +96,24 @@ class Convolution:
             return lhs
         return lax.pad(lhs, jnp.zeros((), lhs.dtype), [(0, 0, 0), *config, (0, 0, 0)])
 
+    def element_of_windows(self, lhs: jax.Array, tap: tuple[int, ...]) -> jax.Array:
+        """Of padded `lhs` [batch, *spatial, features], the element at `tap` of every window."""
+        start = [i * d for i, d in zip(tap, self.rhs_dilation, strict=True)]
+        return _strided(lhs, start, self.out_spatial, self.strides)
+
+    def window_at(self, lhs: jax.Array, position: tuple[int, ...]) -> jax.Array:
+        """Of padded `lhs` [batch, *spatial, features], the window of the output at `position`."""
+        start = [i * stride for i, stride in zip(position, self.strides, strict=True)]
+        return _strided(lhs, start, self.window, self.rhs_dilation)
+
+
+def _strided(
+    lhs: jax.Array, start: list[int], sizes: tuple[int, ...], strides: tuple[int, ...]
+) -> jax.Array:
+    stop = [i + (n - 1) * s + 1 for i, n, s in zip(start, sizes, strides, strict=True)]
+    batch, *_, features = lhs.shape
+    return lax.slice(lhs, (0, *start, 0), (batch, *stop, features), (1, *strides, 1))
+
 
 def accumulation_dtype(*dtypes: Any) -> Any:
     """Sums of 16-bit products are kept in float32, as the compiler's own convolutions do."""

@@ -49,15 +49,7 @@ def _shifted(conv: Convolution, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     kernel = conv.rhs_last(rhs)[..., 0, :].astype(dtype)
     total = None
     for tap in _taps(conv.window):
-        start = [i * d for i, d in zip(tap, conv.rhs_dilation, strict=True)]
-        stop = [
-            first + (n - 1) * stride + 1
-            for first, n, stride in zip(start, conv.out_spatial, conv.strides, strict=True)
-        ]
-        part = lax.slice(
-            lhs, (0, *start, 0), (conv.batch, *stop, conv.out_features), (1, *conv.strides, 1)
-        )
-        term = part.astype(dtype) * kernel[tap]
+        term = conv.element_of_windows(lhs, tap).astype(dtype) * kernel[tap]
         total = term if total is None else total + term
     assert total is not None
     return conv.from_last(total)
@@ -85,7 +77,7 @@ def _weight_gradient(conv: Convolution, lhs: jax.Array, rhs: jax.Array) -> jax.A
         example, cotangent = pair
         cotangent = cotangent.astype(dtype)
         return tuple(
-            total + _window(conv, example, tap).astype(dtype) * cotangent
+            total + conv.window_at(example[None], tap)[0].astype(dtype) * cotangent
             for total, tap in zip(totals, taps, strict=True)
         ), None
 
@@ -94,15 +86,6 @@ def _weight_gradient(conv: Convolution, lhs: jax.Array, rhs: jax.Array) -> jax.A
     space = tuple(range(len(conv.window)))
     sums = jnp.stack([jnp.sum(total, axis=space) for total in totals])
     return conv.from_last(sums.reshape(1, *conv.out_spatial, conv.out_features))
-
-
-def _window(conv: Convolution, example: jax.Array, tap: tuple[int, ...]) -> jax.Array:
-    start = [i * stride for i, stride in zip(tap, conv.strides, strict=True)]
-    stop = [
-        first + (n - 1) * d + 1
-        for first, n, d in zip(start, conv.window, conv.rhs_dilation, strict=True)
-    ]
-    return lax.slice(example, (*start, 0), (*stop, conv.out_features), (*conv.rhs_dilation, 1))
 
 
 CHOOSER = Chooser("depthwise", ("conv_general_dilated",), choose)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from fastgpu.ir.lowered import Chooser, Site
 from fastgpu.transforms.dataflow.convolution import Convolution
@@ -42,18 +41,8 @@ def choose(site: Site) -> Callable[..., jax.Array] | None:
 def _by_tap(conv: Convolution, site: Site, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     """The convolution itself and its input gradient: windows side by side, one row a position."""
     lhs = conv.padded(conv.lhs_last(lhs))
-    slices = []
-    for tap in itertools.product(*map(range, conv.window)):
-        start = [i * d for i, d in zip(tap, conv.rhs_dilation, strict=True)]
-        stop = [
-            first + (n - 1) * s + 1
-            for first, n, s in zip(start, conv.out_spatial, conv.strides, strict=True)
-        ]
-        slices.append(
-            lax.slice(
-                lhs, (0, *start, 0), (conv.batch, *stop, conv.in_features), (1, *conv.strides, 1)
-            )
-        )
+    taps = itertools.product(*map(range, conv.window))
+    slices = [conv.element_of_windows(lhs, tap) for tap in taps]
     windows = jnp.concatenate(slices, axis=-1)
     rows = windows.reshape(-1, windows.shape[-1])
     kernel = conv.rhs_last(rhs).reshape(-1, conv.out_features)
@@ -64,17 +53,8 @@ def _by_tap(conv: Convolution, site: Site, lhs: jax.Array, rhs: jax.Array) -> ja
 def _by_position(conv: Convolution, site: Site, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     """The weight gradient, whose window is the cotangent: one block of rows an output position."""
     lhs = conv.padded(conv.lhs_last(lhs))
-    blocks = []
-    for position in itertools.product(*map(range, conv.out_spatial)):
-        start = [i * s for i, s in zip(position, conv.strides, strict=True)]
-        stop = [
-            first + (n - 1) * d + 1
-            for first, n, d in zip(start, conv.window, conv.rhs_dilation, strict=True)
-        ]
-        block = lax.slice(
-            lhs, (0, *start, 0), (conv.batch, *stop, conv.in_features), (1, *conv.rhs_dilation, 1)
-        )
-        blocks.append(block.reshape(conv.batch, -1))
+    positions = itertools.product(*map(range, conv.out_spatial))
+    blocks = [conv.window_at(lhs, at).reshape(conv.batch, -1) for at in positions]
     kernel = conv.rhs_last(rhs).reshape(-1, conv.out_features)
     out = _product(site, jnp.concatenate(blocks), kernel)
     out = out.reshape(*conv.out_spatial, conv.batch, conv.out_features)

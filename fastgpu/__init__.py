@@ -47,7 +47,7 @@ _PUBLIC = {
     # deploy
     "export_saved_model": "fastgpu.exporters",
 }
-_SUBMODULES = ("errors", "hardware", "ir", "models", "transforms")
+_SUBMODULES = ("errors", "hardware", "ir", "models", "optimizers", "transforms")
 
 __all__ = [*sorted(_PUBLIC), *_SUBMODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 __version__ = "0.1.0"

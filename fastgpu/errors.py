@@ -79,12 +79,24 @@ class NonFiniteError(FastGPUError, FloatingPointError):
     """The training loss became infinite or not a number."""
 
 
+class OptimizerError(FastGPUError, ValueError):
+    """An optimizer's settings are out of range, or it is given a state that is not its own."""
+
+
 class CheckpointError(FastGPUError, RuntimeError):
     """A checkpoint cannot be written, read, or does not match the state it should restore."""
 
 
 class ModelError(FastGPUError, ValueError):
     """A model's name, configuration, or input shape is not one it can take."""
+
+
+class BudgetError(FastGPUError, ValueError):
+    """No plan fits a memory budget. `least_bytes` is the smallest peak that was found."""
+
+    def __init__(self, summary: str, *, least_bytes: int, **lines: str | None) -> None:
+        super().__init__(summary, **lines)
+        self.least_bytes = least_bytes
 
 
 class TuningError(FastGPUError, RuntimeError):

@@ -21,19 +21,27 @@ from jax.typing import DTypeLike
 
 from fastgpu.errors import ModelError
 from fastgpu.models.convnet import ConvNet, ConvNetConfig
+from fastgpu.models.googlenet import GoogLeNet, GoogLeNetConfig
 from fastgpu.models.gpt import GPT, GPTConfig
+from fastgpu.models.llama import Llama, LlamaConfig
 from fastgpu.models.mlp import MLP, MLPConfig
 from fastgpu.models.mobilenet import MobileNetV2, MobileNetV2Config
 from fastgpu.models.resnet import ResNet, ResNetConfig
 from fastgpu.models.unet import UNet, UNetConfig
+from fastgpu.models.vgg import VGG, VGGConfig
 from fastgpu.models.vit import ViT, ViTConfig
 
 __all__ = [
     "GPT",
     "MLP",
+    "VGG",
     "ConvNet",
     "ConvNetConfig",
     "GPTConfig",
+    "GoogLeNet",
+    "GoogLeNetConfig",
+    "Llama",
+    "LlamaConfig",
     "MLPConfig",
     "MobileNetV2",
     "MobileNetV2Config",
@@ -41,6 +49,7 @@ __all__ = [
     "ResNetConfig",
     "UNet",
     "UNetConfig",
+    "VGGConfig",
     "ViT",
     "ViTConfig",
     "create",
@@ -55,6 +64,9 @@ _PRESETS: dict[str, tuple[type[nn.Module], Callable[..., Any]]] = {
     "resnet18": (ResNet, ResNetConfig.resnet18),
     "resnet50": (ResNet, ResNetConfig.resnet50),
     "mobilenetv2": (MobileNetV2, MobileNetV2Config),
+    "vgg16": (VGG, VGGConfig.vgg16),
+    "vgg19": (VGG, VGGConfig.vgg19),
+    "googlenet": (GoogLeNet, GoogLeNetConfig),
     "vit-ti16": (ViT, ViTConfig.ti16),
     "vit-s16": (ViT, ViTConfig.s16),
     "vit-b16": (ViT, ViTConfig.b16),
@@ -62,6 +74,7 @@ _PRESETS: dict[str, tuple[type[nn.Module], Callable[..., Any]]] = {
     "gpt2-medium": (GPT, GPTConfig.medium),
     "gpt2-large": (GPT, GPTConfig.large),
     "gpt2-xl": (GPT, GPTConfig.xl),
+    "llama-1b": (Llama, LlamaConfig.llama_1b),
     "unet": (UNet, UNetConfig),
 }
 _TINY: dict[str, tuple[type[nn.Module], Callable[..., Any], tuple[int, ...], DTypeLike]] = {
@@ -69,8 +82,11 @@ _TINY: dict[str, tuple[type[nn.Module], Callable[..., Any], tuple[int, ...], DTy
     "convnet": (ConvNet, ConvNetConfig.tiny, (2, 8, 8, 1), jnp.float32),
     "resnet": (ResNet, ResNetConfig.tiny, (2, 16, 16, 3), jnp.float32),
     "mobilenetv2": (MobileNetV2, MobileNetV2Config.tiny, (2, 16, 16, 3), jnp.float32),
+    "vgg": (VGG, VGGConfig.tiny, (2, 8, 8, 3), jnp.float32),
+    "googlenet": (GoogLeNet, GoogLeNetConfig.tiny, (2, 24, 24, 3), jnp.float32),
     "vit": (ViT, ViTConfig.tiny, (2, 16, 16, 3), jnp.float32),
     "gpt": (GPT, GPTConfig.tiny, (2, 16), jnp.int32),
+    "llama": (Llama, LlamaConfig.tiny, (2, 16), jnp.int32),
     "unet": (UNet, UNetConfig.tiny, (2, 16, 16, 1), jnp.float32),
 }
 
@@ -88,7 +104,7 @@ def families() -> list[str]:
     """The names that `tiny` knows.
 
     >>> families()
-    ['mlp', 'convnet', 'resnet', 'mobilenetv2', 'vit', 'gpt', 'unet']
+    ['mlp', 'convnet', 'resnet', 'mobilenetv2', 'vgg', 'googlenet', 'vit', 'gpt', 'llama', 'unet']
     """
     return list(_TINY)
 

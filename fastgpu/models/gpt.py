@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from fastgpu.errors import ModelError
-from fastgpu.models.transformer import TransformerBlock, check_heads
+from fastgpu.models.transformer import TransformerBlock, check_heads, check_tokens
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class GPT(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Next-token logits of `x`; `train=True` drops units and needs the rng "dropout"."""
         config = self.config
-        self._check_tokens(x)
+        check_tokens(x, config.context, reader="GPT")
         kernel_init = nn.initializers.normal(0.02)
         # Each block adds twice to the residual stream: shrink, so that its variance stays put.
         output_init = nn.initializers.normal(0.02 / (2 * config.depth) ** 0.5)
@@ -112,13 +111,3 @@ class GPT(nn.Module):
             )(x, train=train)
         x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x)
         return embed.attend(x).astype(jnp.float32)  # [N, T, vocab_size]
-
-    def _check_tokens(self, x: jax.Array) -> None:
-        context = self.config.context
-        if x.ndim != 2 or x.shape[1] > context or not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ModelError(
-                "these are not token ids that the GPT can read",
-                expected=f"whole numbers [N, T], T up to the context of {context}",
-                got=f"{x.dtype} {list(x.shape)}",
-                fix="cut the sequence, set a longer context in the config, or cast to int32",
-            )

@@ -1,4 +1,4 @@
-"""The pre-norm transformer block that ViT and GPT stack.
+"""The pre-norm transformer block that ViT and GPT stack, and what a decoder checks.
 
 Attention Is All You Need (Vaswani et al., 2017, arXiv:1706.03762), with the layer norms before
 attention and MLP (Xiong et al., 2020, arXiv:2002.04745).
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
@@ -22,6 +23,17 @@ def check_heads(width: int, heads: int) -> None:
             expected="a width that is a multiple of the number of heads",
             got=f"{width} = {width // heads} * {heads} + {width % heads}",
             fix=f"take width={width // heads * heads or heads}, or another number of heads",
+        )
+
+
+def check_tokens(x: jax.Array, context: int, reader: str) -> None:
+    """Raise `ModelError` unless `x` is `[N, T]` whole numbers with `T` up to `context`."""
+    if x.ndim != 2 or x.shape[1] > context or not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ModelError(
+            f"these are not token ids that the {reader} can read",
+            expected=f"whole numbers [N, T], T up to the context of {context}",
+            got=f"{x.dtype} {list(x.shape)}",
+            fix="cut the sequence, set a longer context in the config, or cast to int32",
         )
 
 

@@ -13,8 +13,9 @@ from fastgpu import models
 from fastgpu.errors import ModelError
 
 FAMILIES = models.families()
-WITH_BATCH_NORM = ["resnet", "mobilenetv2", "unet"]
-WITH_DROPOUT = ["mlp", "convnet", "mobilenetv2", "vit", "gpt", "unet"]
+WITH_BATCH_NORM = ["resnet", "mobilenetv2", "googlenet", "unet"]
+WITH_DROPOUT = ["mlp", "convnet", "mobilenetv2", "vgg", "googlenet", "vit", "gpt", "unet"]
+DECODERS = ["gpt", "llama"]
 IMAGE = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
 TOKENS = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
 
@@ -75,7 +76,8 @@ def training(model):
 
 
 def expected_shape(family: str, x: np.ndarray) -> tuple[int, ...]:
-    per_position = {"gpt": (*x.shape, 32), "unet": (*x.shape[:-1], 3)}
+    tokens = (*x.shape, 32)
+    per_position = {"gpt": tokens, "llama": tokens, "unet": (*x.shape[:-1], 3)}
     return per_position.get(family, (len(x), 4))
 
 
@@ -89,6 +91,9 @@ def expected_shape(family: str, x: np.ndarray) -> tuple[int, ...]:
         ("resnet18", IMAGE, 11_689_512),
         ("resnet50", IMAGE, 25_557_032),
         ("mobilenetv2", IMAGE, 3_504_872),
+        ("vgg16", IMAGE, 138_357_544),
+        ("vgg19", IMAGE, 143_667_240),
+        ("googlenet", IMAGE, 6_624_904),
         ("vit-b16", IMAGE, 86_567_656),
         # timm's tables of vit_tiny_patch16_224 and vit_small_patch16_224
         ("vit-ti16", IMAGE, 5_717_416),
@@ -98,6 +103,8 @@ def expected_shape(family: str, x: np.ndarray) -> tuple[int, ...]:
         ("gpt2-medium", TOKENS, 354_823_168),
         ("gpt2-large", TOKENS, 774_030_080),
         ("gpt2-xl", TOKENS, 1_557_611_200),
+        # Hugging Face's meta-llama/Llama-3.2-1B
+        ("llama-1b", TOKENS, 1_235_814_400),
     ],
 )
 def test_parameter_count_is_the_published_one(name, x, count):
@@ -105,7 +112,16 @@ def test_parameter_count_is_the_published_one(name, x, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == count
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenetv2", "vit-b16"])
+def test_parameter_count_does_not_depend_on_scanning_the_layers():
+    model = models.create("llama-1b", scan_layers=True)
+    params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 1_235_814_400
+    assert all(leaf.shape[0] == 16 for leaf in jax.tree.leaves(params["blocks"]))
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50", "mobilenetv2", "vgg16", "googlenet", "vit-b16"]
+)
 def test_image_classifiers_have_a_thousand_classes(name):
     y, _ = jax.eval_shape(models.create(name).init_with_output, jax.random.key(0), IMAGE)
     assert (y.shape, y.dtype) == ((1, 1000), jnp.float32)
@@ -140,6 +156,22 @@ def test_resnet_50_strides_in_the_3x3_convolution():
     block = state["intermediates"]["stage2_block1"]
     assert block["conv1"]["__call__"][0].shape == (1, 56, 56, 128)
     assert block["conv2"]["__call__"][0].shape == (1, 28, 28, 128)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(224, (28, 14, 7)), (33, (4, 2, 1)), (15, (2, 1, 1))]
+)
+def test_googlenet_pools_like_torchvision(size, expected):
+    """Rounding up, but with no window that starts beyond the image: 8 x 8 after 17 x 17."""
+    model = models.create("googlenet")
+    _, state = jax.eval_shape(
+        lambda key, x: model.init_with_output(key, x, capture_intermediates=True),
+        jax.random.key(0),
+        jnp.ones((1, size, size, 3)),
+    )
+    blocks = ["stage1_block2", "stage2_block5", "stage3_block2"]
+    shapes = [state["intermediates"][block]["__call__"][0].shape for block in blocks]
+    assert shapes == [(1, n, n, c) for n, c in zip(expected, (480, 832, 1024), strict=True)]
 
 
 def test_mobilenet_multiplier_rounds_channels_to_eight():
@@ -276,9 +308,57 @@ def test_mlp_refuses_an_activation_it_does_not_have():
         models.MLPConfig(activation="swish")
 
 
+def test_vgg16_computes_what_keras_does():
+    import keras
+
+    oracle = keras.applications.VGG16(weights=None, input_shape=(32, 32, 3), classes=4)
+    oracle.layers[-1].activation = None
+    model = models.create("vgg16", num_classes=4)
+    layers = [layer.get_weights() for layer in oracle.layers if layer.weights]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.ones((1, 32, 32, 3)))["params"]
+    # flax made them in the order of the network: five stages, two dense layers, the head
+    names = sorted(shapes, key=lambda name: ("stage dense head".index(name[:4]), name))
+    params = {
+        name: {"kernel": kernel, "bias": bias}
+        for name, (kernel, bias) in zip(names, layers, strict=True)
+    }
+    x = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    expected = np.asarray(oracle(x))
+    atol = 1e-5 * np.abs(expected).max()  # float32, sums in another order
+    np.testing.assert_allclose(model.apply({"params": params}, x), expected, atol=atol)
+
+
+@pytest.mark.parametrize("family", ["vgg", "googlenet"])
+def test_an_image_too_small_to_pool_is_refused(family):
+    model, variables, _ = tiny(family)
+    smallest = model.config.smallest
+    with pytest.raises(ModelError, match=f"expected: .*, H and W at least {smallest}\n") as e:
+        model.apply(variables, np.ones((1, 32, smallest - 1, 3), np.float32))
+    assert f"got: [1, 32, {smallest - 1}, 3]" in str(e.value)
+
+
+def test_vgg_refuses_stages_without_channels():
+    with pytest.raises(ModelError, match="stage_sizes and channels of the same length"):
+        models.VGGConfig(stage_sizes=(1, 1))
+
+
+def test_every_googlenet_kernel_is_1x1_or_3x3_after_the_stem():
+    """Torchvision's "5×5" branch is a 3×3 one: the published count belongs to that."""
+    shapes = jax.eval_shape(models.create("googlenet").init, jax.random.key(0), IMAGE)["params"]
+    sizes = {
+        branch: {
+            shapes[block][branch]["conv"]["kernel"].shape[:2] for block in shapes if "_" in block
+        }
+        for branch in shapes["stage1_block1"]
+    }
+    reduces = {"one", "three_reduce", "five_reduce", "pool"}
+    assert sizes == {b: {(1, 1)} for b in reduces} | {b: {(3, 3)} for b in ("three", "five")}
+
+
 @pytest.mark.parametrize("position", [1, 7, 15])
-def test_gpt_does_not_see_the_future(position):
-    model, variables, x = tiny("gpt")
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_decoder_does_not_see_the_future(family, position):
+    model, variables, x = tiny(family)
     changed = x.copy()
     changed[:, position] = (x[:, position] + 1) % 32
     before, after = (np.asarray(inference(model)(variables, each)) for each in (x, changed))
@@ -286,9 +366,10 @@ def test_gpt_does_not_see_the_future(position):
     assert np.all(np.any(after[:, position:] != before[:, position:], axis=-1))
 
 
-def test_gpt_logits_come_from_the_token_embedding():
+@pytest.mark.parametrize("family", DECODERS)
+def test_logits_come_from_the_token_embedding(family):
     """Tied: the same table reads tokens in and scores them at the end."""
-    model, variables, x = tiny("gpt")
+    model, variables, x = tiny(family)
     table = variables["params"]["token"]["embedding"]
     unused = next(token for token in range(32) if token not in x)
     changed = table.copy()
@@ -298,8 +379,9 @@ def test_gpt_logits_come_from_the_token_embedding():
     np.testing.assert_allclose(after[..., unused], 2 * before[..., unused], rtol=1e-5)
 
 
-def test_gpt_reads_a_shorter_sequence_with_the_same_parameters():
-    model, variables, x = tiny("gpt")
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_decoder_reads_a_shorter_sequence_with_the_same_parameters(family):
+    model, variables, x = tiny(family)
     y = inference(model)
     np.testing.assert_allclose(y(variables, x[:, :5]), y(variables, x)[:, :5], rtol=1e-4, atol=1e-5)
 
@@ -309,11 +391,93 @@ def test_gpt_reads_a_shorter_sequence_with_the_same_parameters():
     [np.zeros((1, 17), np.int32), np.zeros((1, 16), np.float32), np.zeros((16,), np.int32)],
     ids=["too long", "not whole numbers", "no batch"],
 )
-def test_gpt_refuses_what_is_no_token_sequence(x):
-    model, variables, _ = tiny("gpt")
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_decoder_refuses_what_is_no_token_sequence(family, x):
+    model, variables, _ = tiny(family)
     with pytest.raises(ModelError, match=r"whole numbers \[N, T\], T up to the context of 16") as e:
         model.apply(variables, x)
     assert f"got: {x.dtype} {list(x.shape)}" in str(e.value)
+
+
+def llama_in_numpy(params, tokens, config) -> np.ndarray:
+    """One sequence, head and position at a time, in float64; positions are complex turns."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    heads, kv_heads, width = config.heads, config.kv_heads, config.head_width
+
+    def norm(x, name, of=params):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * of[name]["scale"]
+
+    def turned(x, position):
+        pairs = x[: width // 2] + 1j * x[width // 2 :]
+        pairs = pairs * np.exp(1j * position / config.theta ** (np.arange(width // 2) * 2 / width))
+        return np.concatenate([pairs.real, pairs.imag])
+
+    x = params["token"]["embedding"][tokens]  # [T, C]
+    for i in range(config.depth):
+        block = params[f"block{i + 1}"]
+        qkv = norm(x, "attention_norm", block) @ block["attention"]["qkv"]["kernel"]
+        qkv = qkv.reshape(len(tokens), heads + 2 * kv_heads, width)
+        attended = np.zeros((len(tokens), heads, width))
+        for head in range(heads):
+            shared = heads + head // (heads // kv_heads)
+            keys = np.stack([turned(key, s) for s, key in enumerate(qkv[:, shared])])
+            for t in range(len(tokens)):
+                scores = keys[: t + 1] @ turned(qkv[t, head], t) / np.sqrt(width)
+                weights = np.exp(scores) / np.exp(scores).sum()
+                attended[t, head] = weights @ qkv[: t + 1, shared + kv_heads]
+        x = x + attended.reshape(x.shape) @ block["attention"]["output"]["kernel"]
+        y = norm(x, "mlp_norm", block)
+        gate = y @ block["mlp_gate"]["kernel"]
+        gated = gate / (1 + np.exp(-gate)) * (y @ block["mlp_in"]["kernel"])
+        x = x + gated @ block["mlp_out"]["kernel"]
+    return norm(x, "norm") @ params["token"]["embedding"].T
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"theta": 10.0}, {"kv_heads": 1}, {"kv_heads": 4}], ids=str
+)
+def test_llama_is_its_formula(settings):
+    model, variables, x = tiny("llama", **settings)
+    expected = [llama_in_numpy(variables["params"], tokens, model.config) for tokens in x]
+    # float32: sums of tens of terms, a few tens of them in a row
+    np.testing.assert_allclose(inference(model)(variables, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_llama_with_scanned_layers_is_the_same_function_of_stacked_parameters():
+    model, variables, x = tiny("llama")
+    scanned, shapes, _ = tiny("llama", scan_layers=True)
+    params = dict(variables["params"])
+    blocks = [params.pop(f"block{i + 1}") for i in range(model.config.depth)]
+    stacked = {"params": params | {"blocks": jax.tree.map(lambda *b: np.stack(b), *blocks)}}
+    assert jax.tree.map(np.shape, stacked) == jax.tree.map(np.shape, shapes)
+
+    expected, _, gradients = training(model)(variables, x, 0)
+    y, _, gradient = training(scanned)(stacked, x, 0)
+    # float32: the same operations, which the compiler may fuse in another way
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    for i in range(model.config.depth):
+        layer = jax.tree.map(lambda leaf, i=i: leaf[i], gradient["blocks"])
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
+            layer,
+            gradients[f"block{i + 1}"],
+        )
+
+
+def test_scanned_layers_start_different():
+    model, x = models.tiny("llama", scan_layers=True)
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros(x.shape, x.dtype))["params"]
+    first, second = params["blocks"]["mlp_in"]["kernel"]
+    assert not np.any(first == second)
+
+
+def test_llama_refuses_heads_that_do_not_fit():
+    with pytest.raises(ModelError, match="heads=32 cannot share kv_heads=12") as e:
+        models.LlamaConfig(kv_heads=12)
+    assert "got: 32 = 2 * 12 + 8" in str(e.value)
+    with pytest.raises(ModelError, match="a head has an odd number") as e:
+        models.LlamaConfig(width=96)
+    assert "to do: take width=128" in str(e.value)
 
 
 def test_unet_skips_carry_detail_to_the_output():
@@ -359,7 +523,7 @@ def test_vit_refuses_an_image_of_another_size():
         model.apply(variables, np.ones((1, 32, 16, 3), np.float32))
 
 
-@pytest.mark.parametrize("config", [models.ViTConfig, models.GPTConfig])
+@pytest.mark.parametrize("config", [models.ViTConfig, models.GPTConfig, models.LlamaConfig])
 def test_heads_must_share_the_width(config):
     with pytest.raises(ModelError, match="width=100 cannot be shared by heads=12") as e:
         config(width=100, heads=12)

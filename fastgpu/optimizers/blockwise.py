@@ -3,11 +3,11 @@
 Block-wise quantization (Dettmers et al. 2021, arXiv:2110.02861): the array is cut, flattened, into
 blocks; each is divided by its largest magnitude. Where the paper has a dynamic tree, the code here
 is plainly logarithmic, so that the relative error is the same for large and small values:
-neighbours differ by a factor of 2^(1/8).
+neighbours differ by a factor of 2^(1/6).
 
     block           codes                                          range below the largest
-    has negatives   0, and 127 magnitudes with a sign bit          2^-15.75 = 1.8e-5
-    has none        0, and 255 magnitudes                          2^-31.75 = 2.8e-10
+    has negatives   0, and 127 magnitudes with a sign bit          2^-21 = 4.8e-7
+    has none        0, and 255 magnitudes                          2^-42.3 = 1.8e-13
 
 Second moments have no negative values, so they get twice the octaves, as squares need. What lies
 below the range moves to the side on which an Adam update shrinks: signed values (first moments) to
@@ -23,7 +23,9 @@ import numpy as np
 from flax import struct
 from jax.typing import ArrayLike
 
-_STEPS_PER_OCTAVE = 8
+# In the run of benchmarks/compressed_optimizer.py, moments leave the range at 8 and above: the
+# largest error of an update is seven times that at 6. At 5, all errors are larger.
+_STEPS_PER_OCTAVE = 6
 _RATIO = 2 ** (1 / _STEPS_PER_OCTAVE)
 _UNSIGNED_TOP, _SIGNED_TOP, _SIGN_BIT = 255, 127, 128
 # Far above the rounding of float32's log2, far below what one step changes in a slow average.
@@ -37,6 +39,9 @@ class Blockwise(struct.PyTreeNode):
     scales: floating-point `[ceil(size / block_size)]`, the largest magnitude of each block of the
       flattened array; negative where the block has negative values and its codes a sign bit.
     dtype, block_size: static; the dtype that `dequantize` gives.
+
+    >>> quantize(jnp.array([1.0, 2.0, -4.0]), block_size=2).scales
+    Array([ 2., -4.], dtype=float32)
     """
 
     codes: jax.Array
@@ -51,9 +56,9 @@ def quantize(x: jax.Array, *, block_size: int = 256, dither: ArrayLike | None = 
     Args:
       x: floating-point, any shape.
       block_size: values per scale.
-      dither: None rounds to the nearest code: a value in range is off by at most a 23rd (4.4%).
+      dither: None rounds to the nearest code: a value in range is off by at most 5.8%.
         An integer scalar, to be counted up from call to call, rounds up or down such that the mean
-        over many calls is right; off by at most an 11th (9.1%) in one call. The thresholds are a
+        over many calls is right; off by at most 12.3% in one call. The thresholds are a
         low-discrepancy sequence in position and count (Roberts 2018), not random numbers: equal
         inputs give equal bits.
 
@@ -61,9 +66,9 @@ def quantize(x: jax.Array, *, block_size: int = 256, dither: ArrayLike | None = 
     that holds an infinity or NaN has no finite value afterwards.
 
     >>> quantize(jnp.array([0.0, 0.5, -1.0, 1e-9])).codes
-    Array([  0, 119, 255,   0], dtype=uint8)
-    >>> quantize(jnp.array([0.0, 0.5, 1.0, 1e-12])).codes
-    Array([  0, 247, 255,   1], dtype=uint8)
+    Array([  0, 121, 255,   0], dtype=uint8)
+    >>> quantize(jnp.array([0.0, 0.5, 1.0, 1e-20])).codes
+    Array([  0, 249, 255,   1], dtype=uint8)
     """
     blocks = _blocks(x.astype(_working_dtype(x.dtype)), block_size)  # [blocks, block_size]
     magnitude = abs(blocks)
@@ -95,7 +100,7 @@ def dequantize(x: Blockwise) -> jax.Array:
     """The array that `x` stands for, in `x.dtype`.
 
     >>> dequantize(quantize(jnp.array([0.0, 0.5, -1.0, 0.3])))
-    Array([ 0.        ,  0.5       , -1.        ,  0.29730177], dtype=float32)
+    Array([ 0.        ,  0.5       , -1.        ,  0.31498027], dtype=float32)
     """
     codes = _blocks(x.codes, x.block_size)  # [blocks, block_size]
     largest = abs(x.scales)[:, None]

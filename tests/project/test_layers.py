@@ -15,6 +15,7 @@ LAYER = {
     "ir": 1,
     "models": 1,
     "importers": 1,
+    "optimizers": 1,
     "transforms": 2,
     "compile": 3,
     "training": 4,

@@ -10,7 +10,7 @@ import pytest
 
 import fastgpu
 
-DOCUMENTED_MODULES = ("errors", "hardware", "ir", "models", "transforms")
+DOCUMENTED_MODULES = ("errors", "hardware", "ir", "models", "optimizers", "transforms")
 
 
 def run(program: str) -> None:

@@ -10,6 +10,8 @@ def test_the_programs_in_the_guide_run(capsys):
     namespace = {"__name__": "guide"}
     for block in blocks:
         exec(block, namespace)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     assert namespace["scores"]["accuracy"] > 0.6
     assert namespace["logits"].shape == (256, 3)
+    moments = namespace["small"].opt_state.inner_state[0]
+    assert moments.nu["w"].codes.dtype == "uint8"

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastgpu.benchmarking import benchmark as benchmark
+    from fastgpu.compile import plan as plan
+    from fastgpu.compile import value_and_grad as value_and_grad
     from fastgpu.config import Configuration as Configuration
     from fastgpu.config import configure as configure
     from fastgpu.errors import FastGPUError as FastGPUError
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
     from fastgpu.training import TrainState as TrainState
     from fastgpu.training import evaluate as evaluate
     from fastgpu.training import fit as fit
+    from fastgpu.training import gather_params as gather_params
     from fastgpu.training import predict as predict
+    from fastgpu.training import shard_fsdp as shard_fsdp
     from fastgpu.training import supervised_loss as supervised_loss
     from fastgpu.training import train_step as train_step
     from fastgpu.transforms import optimize as optimize
@@ -34,10 +38,15 @@ _PUBLIC = {
     "from_nnx": "fastgpu.importers",
     # optimize
     "optimize": "fastgpu.transforms",
+    # plan
+    "value_and_grad": "fastgpu.compile",
+    "plan": "fastgpu.compile",
     # train
     "TrainState": "fastgpu.training",
     "supervised_loss": "fastgpu.training",
     "train_step": "fastgpu.training",
+    "gather_params": "fastgpu.training",
+    "shard_fsdp": "fastgpu.training",
     "fit": "fastgpu.training",
     "evaluate": "fastgpu.training",
     "predict": "fastgpu.training",

@@ -9,7 +9,17 @@ import sys
 
 import typer
 
-from fastgpu.cli.commands import benchmark, demo, env, export, import_model, inspect, train, tune
+from fastgpu.cli.commands import (
+    benchmark,
+    demo,
+    env,
+    export,
+    import_model,
+    inspect,
+    plan,
+    train,
+    tune,
+)
 from fastgpu.errors import FastGPUError
 
 app = typer.Typer(
@@ -23,6 +33,7 @@ app = typer.Typer(
 app.command("env")(env.env)
 app.command("import")(import_model.import_model)
 app.command("inspect")(inspect.inspect)
+app.command("plan")(plan.plan)
 app.command("tune")(tune.tune)
 app.command("train")(train.train)
 app.command("benchmark")(benchmark.benchmark)

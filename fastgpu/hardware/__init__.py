@@ -1,5 +1,8 @@
 """Devices as data: what a program can be compiled and priced for."""
 
-from fastgpu.hardware.devices import DEVICES, Device, device
-
-__all__ = ["DEVICES", "Device", "device"]
+from fastgpu.hardware.devices import DEVICES as DEVICES
+from fastgpu.hardware.devices import Device as Device
+from fastgpu.hardware.devices import Geometry as Geometry
+from fastgpu.hardware.targets import Target as Target
+from fastgpu.hardware.targets import device as device
+from fastgpu.hardware.targets import parse_target as parse_target

@@ -48,6 +48,7 @@ __all__ = [
     "scope",
     "source_line",
     "sub_jaxprs",
+    "with_borders",
 ]
 
 # Primitives whose sub-jaxprs are programs of the user's (a reducer of `scatter` is none).
@@ -156,6 +157,12 @@ def dce(closed: ClosedJaxpr) -> ClosedJaxpr:
     kept = [(v, c) for v, c in zip(closed.jaxpr.constvars, closed.consts, strict=True) if v in read]
     jaxpr = jaxpr.replace(constvars=[v for v, _ in kept], debug_info=closed.jaxpr.debug_info)
     return ClosedJaxpr(jaxpr, [c for _, c in kept])
+
+
+def with_borders(jaxpr: Jaxpr, **changes: Any) -> Jaxpr:
+    """`jaxpr.replace` for other inputs or outputs: the names of the old ones are dropped."""
+    unnamed = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+    return jaxpr.replace(debug_info=unnamed, **changes)
 
 
 def source_line(eqn: JaxprEqn) -> str:

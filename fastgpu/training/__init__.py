@@ -4,6 +4,7 @@ from fastgpu.training.data import ArrayBatches
 from fastgpu.training.evaluation import evaluate, predict
 from fastgpu.training.loop import FitResult, fit
 from fastgpu.training.losses import SupervisedLoss, supervised_loss
+from fastgpu.training.sharding import gather_params, shard_fsdp
 from fastgpu.training.state import TrainState
 from fastgpu.training.step import TrainStep, train_step
 
@@ -15,7 +16,9 @@ __all__ = [
     "TrainStep",
     "evaluate",
     "fit",
+    "gather_params",
     "predict",
+    "shard_fsdp",
     "supervised_loss",
     "train_step",
 ]

@@ -1,11 +1,12 @@
 """`train_step`: a loss and an optimizer in, one compiled step out.
 
 The gradient is `jax.value_and_grad(optimize(loss_fn))`: fastgpu's passes see the forward program,
-JAX differentiates what they return. The one warning: the step donates the state it is given, so
+JAX differentiates what they return. With a memory budget, what the backward half keeps is decided
+for the whole step, optimizer included. The one warning: the step donates the state it is given, so
 that parameters and optimizer state exist once on the device. Keep the state it returns.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -13,8 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fastgpu.compile import (
+    Gradient,
+    Search,
+    compile_for,
+    options_for,
+    parse_budget,
+    program_of,
+)
 from fastgpu.errors import BatchError, FastGPUError, LossError, TraceError
-from fastgpu.ir.compat import Tracer
+from fastgpu.hardware import Device, Target
+from fastgpu.ir.compat import ClosedJaxpr, Tracer, platform
 from fastgpu.training.leaves import first_difference, is_array, leaf_type, leaf_types
 from fastgpu.training.state import TrainState, strong
 from fastgpu.transforms import optimize
@@ -30,6 +40,7 @@ def train_step(
     target: Any = None,
     donate: bool = True,
     recompile: Literal["error", "allow"] = "error",
+    memory_budget: int | float | str | None = None,
 ) -> "TrainStep":
     """A compiled `(state, batch) -> (state, metrics)`.
 
@@ -43,12 +54,16 @@ def train_step(
       donate: reuse the memory of the state that came in for the one that goes out.
       recompile: what a batch of another structure, shape or dtype than the first one means:
         "error", or "allow" (one compilation per kind of batch).
+      memory_budget: bytes that the compiled step may take at its peak, "16GiB", or "60%" of its
+        peak without a budget: state, batch, temporaries and code, on one device. What does not fit
+        is computed again in the backward half; the numbers stay. Found by compiling, at most four
+        times, when the step meets its first batch.
 
     The metrics are `{"loss": loss, **metrics}`, on the device: a step never waits for them.
     Composes with `jax.jit` and `jax.lax.scan`; there, batches are not compared.
 
     Raises `LossError` when `loss_fn` returns something else, before anything is compiled, and
-    `BatchError` when a later batch differs from the first.
+    `BatchError` when a later batch differs from the first. `BudgetError` when no plan fits.
 
     >>> def loss_fn(params, model_state, batch, rng):
     ...     error = batch["x"] @ params["w"] - batch["y"]
@@ -59,7 +74,7 @@ def train_step(
     >>> state.params["w"], metrics["loss"], int(state.step)
     (Array([0.2, 0.2], dtype=float32), Array(1., dtype=float32), 1)
     """
-    return TrainStep(loss_fn, optimizer, passes, target, donate, recompile)
+    return TrainStep(loss_fn, optimizer, passes, target, donate, recompile, memory_budget)
 
 
 class TrainStep:
@@ -73,29 +88,33 @@ class TrainStep:
         target: Any = None,
         donate: bool = True,
         recompile: Literal["error", "allow"] = "error",
+        memory_budget: int | float | str | None = None,
     ) -> None:
         if recompile not in ("error", "allow"):
             raise ValueError(f"`recompile` is 'error' or 'allow', not {recompile!r}")
         self.loss_fn, self.optimizer = loss_fn, optimizer
         self.passes, self.target = passes, target
         self.donate, self.recompile = donate, recompile
+        self.memory_budget = memory_budget
         self._first_batch: tuple[dict[str, str], Any] | None = None
         self._known_batches: set[tuple[Any, ...]] = set()
         self._fresh = True
-        self._jitted = jax.jit(self._build(), donate_argnums=(0,) if donate else ())
+        self._searches: dict[Any, tuple[Search, Callable[..., Any]]] = {}
+        self._within_budget: dict[Any, Any] = {}
+        self._unlimited = jax.jit(self._build(self._value_and_grad()), **self._donation())
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """Do one step."""
         leaves, tree = jax.tree.flatten(batch)
         if any(isinstance(leaf, Tracer) for leaf in (state.step, *leaves)):
-            return self._jitted(state, batch)
+            return self._traced(state, batch)
         if self.recompile == "error":
             self._check_batch(batch, leaves, tree)
         require_alive("state", state.step)
         if self._fresh:  # afterwards states come from a step, which makes strong types only
             state = strong(state)
         try:
-            result = self._jitted(state, batch)
+            result = self._jitted(state, batch)(state, batch)
         except ValueError:
             for name, arg in (("state", state), ("batch", batch)):
                 require_alive(name, arg)
@@ -105,14 +124,83 @@ class TrainStep:
 
     def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
         """Trace and lower for these shapes (arrays or `jax.ShapeDtypeStruct`), without running."""
-        return self._jitted.lower(state, batch)
+        return self._jitted(state, batch).lower(state, batch)
+
+    def search(
+        self, args: Sequence[Any], target: str | Device | Target | None
+    ) -> tuple[Search, Callable[..., Callable[..., Any]], tuple[Any, ...]]:
+        """What `fastgpu.plan` asks: the search for these shapes, what it compiles, and on what."""
+        state, batch = args
+        state = strong(state) if any(map(is_array, jax.tree.leaves(state))) else state
+        target = self.target if target is None else target
+        types = leaf_types((state, batch))
+        key = tuple(types.items()), str(target), _shardings((state, batch))
+        if key not in self._searches:
+            self._searches[key] = self._new_search(state, batch, target)
+        return *self._searches[key], (state, batch)
+
+    def _new_search(
+        self, state: TrainState, batch: Any, target: Any
+    ) -> tuple[Search, Callable[..., Callable[..., Any]]]:
+        def loss_of(params: Any, rest: Any) -> Any:
+            return _checked(self.loss_fn)(params, *rest)
+
+        rng = jax.eval_shape(lambda rng, step: jax.random.fold_in(rng, step), state.rng, state.step)
+        gradient = Gradient(
+            loss_of, state.params, (state.model_state, batch, rng), target, self.passes
+        )
+
+        def build(program: ClosedJaxpr | None) -> Callable[..., Any]:
+            def value_and_grad(params: Any, *rest: Any) -> Any:
+                return gradient.evaluate(program, params, rest)
+
+            return self._build(value_and_grad)
+
+        def compiled(program: ClosedJaxpr | None) -> Any:
+            return compile_for(
+                build(program), (state, batch), target, **self._donation(), **_same_places(state)
+            )
+
+        return gradient.search(compiled), build
+
+    def _jitted(self, state: TrainState, batch: Any) -> Any:
+        """The compiled step for these shapes."""
+        if self.memory_budget is None:
+            return self._unlimited
+        leaves, tree = jax.tree.flatten((state, batch))
+        key = tree, *((np.shape(leaf), leaf.dtype) for leaf in leaves)
+        if key not in self._within_budget:
+            search, build, _ = self.search((state, batch), None)
+            budget = parse_budget(self.memory_budget, lambda: search.unconstrained.peak)
+            self._within_budget[key] = jax.jit(
+                build(program_of(search.within(budget))),
+                compiler_options=options_for(platform()),
+                **self._donation(),
+            )
+        return self._within_budget[key]
+
+    def _traced(self, state: TrainState, batch: Any) -> Any:
+        """The step inside of another program."""
+        if self.memory_budget is None:
+            return self._unlimited(state, batch)
+        search, build, _ = self.search((state, batch), None)
+        budget = parse_budget(self.memory_budget, lambda: search.unconstrained.peak)
+        return build(program_of(search.within(budget)))(state, batch)
+
+    def _donation(self) -> dict[str, Any]:
+        return {"donate_argnums": (0,) if self.donate else ()}
 
     def _cache_size(self) -> int:
-        return self._jitted._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
+        jitted = [self._unlimited, *self._within_budget.values()]
+        return sum(one._cache_size() for one in jitted)
 
-    def _build(self) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
+    def _value_and_grad(self) -> Callable[..., Any]:
         loss_fn = optimize(_checked(self.loss_fn), passes=self.passes, target=self.target)
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        return jax.value_and_grad(loss_fn, has_aux=True)
+
+    def _build(
+        self, value_and_grad: Callable[..., Any]
+    ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
         optimizer = optax.with_extra_args_support(self.optimizer)
 
         def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
@@ -148,6 +236,20 @@ class TrainStep:
         if difference is not None:
             raise _changed_batch(*difference)
         self._known_batches.add(seen)
+
+
+def _shardings(tree: Any) -> tuple[Any, ...]:
+    return tuple(
+        leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _same_places(state: TrainState) -> dict[str, Any]:
+    """A sharded state comes out of the step where it went in."""
+    if not any(_shardings(state)):
+        return {}
+    return {"out_shardings": (jax.tree.map(lambda leaf: leaf.sharding, state), None)}
 
 
 def _checked(loss_fn: LossFn) -> LossFn:

@@ -18,7 +18,7 @@ import jax
 
 from fastgpu import ir
 from fastgpu.errors import ConfigurationError
-from fastgpu.hardware import Device, device
+from fastgpu.hardware import Device, Target, parse_target
 from fastgpu.ir.compat import ClosedJaxpr, platform
 from fastgpu.transforms.common_subexpressions import merge_common_subexpressions
 from fastgpu.transforms.constant_folding import fold_constants
@@ -116,23 +116,21 @@ def resolve_passes(passes: str | Sequence[Pass | str]) -> tuple[Pass, ...]:
     return tuple(step if isinstance(step, Pass) else by_name[step] for step in passes)
 
 
-def resolve_target(target: str | Device | None) -> Device:
+def resolve_target(target: str | Device | Target | None) -> Device:
     """The device that a program is for: the one named, or the one that JAX runs on now.
 
     Raises `ConfigurationError` for an unknown name.
     """
-    if isinstance(target, Device):
-        return target
     if target is None:
         # Passes are chosen by platform: any GPU's figures will do for one that is not named.
         target = {"cpu": "cpu", "gpu": "h100", "cuda": "h100"}.get(platform(), "cpu")
-    return device(target)
+    return parse_target(target).device
 
 
 def optimize(
     fn: Callable[..., Any],
     passes: str | Sequence[Pass | str] = "default",
-    target: str | Device | None = None,
+    target: str | Device | Target | None = None,
 ) -> Callable[..., Any]:
     """`fn` with its jaxpr rewritten by `passes` for `target`: the same results, computed faster.
 
@@ -154,9 +152,8 @@ def optimize(
 
     @functools.partial(jax.jit, static_argnums=0, inline=True)
     def run(constants: _Constants, leaves: list[Any]) -> Any:
-        traced = ir.trace(lambda *leaves: constants.call(fn, leaves), *leaves)
-        closed, _ = _run(traced.closed_jaxpr, steps, target)
-        return traced.with_jaxpr(closed).as_fun()(*leaves)
+        flat = optimized_trace(lambda *leaves: constants.call(fn, leaves), leaves, steps, target)
+        return flat.as_fun()(*leaves)
 
     @functools.wraps(fn)
     def optimized(*args: Any, **kwargs: Any) -> Any:
@@ -165,11 +162,23 @@ def optimize(
     return optimized
 
 
+def optimized_trace(
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    passes: str | Sequence[Pass | str],
+    target: str | Device | Target | None,
+) -> ir.Traced:
+    """`fn(*args)` traced, and rewritten by `passes` for `target`: what `optimize` runs."""
+    traced = ir.trace(fn, *args)
+    closed, _ = _run(traced.closed_jaxpr, resolve_passes(passes), target)
+    return traced.with_jaxpr(closed)
+
+
 def inspect(
     fn: Callable[..., Any],
     *args: Any,
     passes: str | Sequence[Pass | str] = "default",
-    target: str | Device | None = None,
+    target: str | Device | Target | None = None,
     **kwargs: Any,
 ) -> "Inspection":
     """What `optimize` does to `fn` on these arguments: arrays or `jax.ShapeDtypeStruct`.
@@ -216,7 +225,7 @@ class Inspection:
 
 
 def _run(
-    closed: ClosedJaxpr, steps: Sequence[Pass], target: str | Device | None
+    closed: ClosedJaxpr, steps: Sequence[Pass], target: str | Device | Target | None
 ) -> tuple[ClosedJaxpr, list[PassReport]]:
     chosen = resolve_target(target)
     in_force = [step for step in steps if chosen.platform in step.platforms]

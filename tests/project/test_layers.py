@@ -39,7 +39,7 @@ OPTIONAL = {
     "keras": ("importers/keras/", *PROGRAMS),
     "tensorflow": ("exporters/savedmodel.py", *PROGRAMS),
     "optuna": ("tuning/",),
-    "matplotlib": ("tuning/", "report/"),
+    "matplotlib": ("compile/plan.py", "tuning/", "report/"),
     "sklearn": ("cli/demo",),
     "torch": ("importers/torch/",),
     "ray": ("tuning/",),

@@ -1,0 +1,195 @@
+"""Close the loop: plan, compile, read the compiler's own peak, correct, at most four times."""
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastgpu.compile.memory import MemoryReport, memory_report
+from fastgpu.errors import BudgetError, ConfigurationError
+from fastgpu.ir.compat import ClosedJaxpr
+from fastgpu.transforms.remat.decide import Modelled, Planner
+
+# Compiles everything around a joint program; `None` is the one that keeps all.
+Compile = Callable[[ClosedJaxpr | None], Any]
+MOST_COMPILES = 4
+_COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+# A plan this close to its budget is not worth another compile.
+_CLOSE = 0.96
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One compiled program: what the model predicted for it, and what the compiler said."""
+
+    modelled: Modelled
+    predicted_bytes: float | None
+    memory: MemoryReport
+    collectives: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> int:
+        """The compiler's peak in bytes."""
+        return self.memory.peak_bytes
+
+
+@dataclass
+class Search:
+    """What was compiled for one program and target; a later budget starts from what it found.
+
+    A smaller budget never gets a larger peak than a larger one did: every attempt and every answer
+    is kept, and a new answer lies between those for its neighbours.
+    """
+
+    planner: Planner
+    compile: Compile
+    devices: int = 1
+    attempts: list[Attempt] = field(default_factory=list)
+    answers: dict[int, Attempt] = field(default_factory=dict)
+    compiles: int = 0
+    planning_seconds: float = 0.0
+    compile_seconds: float = 0.0
+
+    @property
+    def unconstrained(self) -> Attempt:
+        """The program that keeps everything, compiled once."""
+        if not self.attempts:
+            self._try(self.planner.unconstrained, None)
+        return self.attempts[0]
+
+    def within(self, budget: int) -> Attempt:
+        """The cheapest attempt whose compiled peak is at most `budget` bytes.
+
+        Raises `BudgetError` when none is found within `MOST_COMPILES` compilations.
+        """
+        if budget not in self.answers:
+            self.answers[budget] = self._search(budget)
+        return self.answers[budget]
+
+    def _search(self, budget: int) -> Attempt:
+        first = self.unconstrained
+        if first.peak <= budget:
+            return first
+        start = self.compiles
+        while self.compiles - start < MOST_COMPILES - 1:
+            known = self._cheapest(budget)
+            if known is not None and known.peak >= _CLOSE * budget:
+                break
+            anchor = min(self.attempts, key=lambda a: abs(a.peak - budget))
+            allowed = self._allowed(anchor, budget, known)
+            modelled = self.planner.decide(allowed)
+            if modelled is None:
+                if known is not None:
+                    break
+                modelled = self.planner.least()
+            self.planning_seconds += modelled.planning_seconds
+            if any(a.modelled.peak == modelled.peak for a in self.attempts):
+                break
+            self._try(modelled, self._predict(anchor, modelled))
+        best = self._cheapest(budget)
+        if best is None:
+            raise self._infeasible(budget)
+        return best
+
+    def _cheapest(self, budget: int) -> Attempt | None:
+        above = [a.peak for asked, a in self.answers.items() if asked >= budget]
+        below = [a.peak for asked, a in self.answers.items() if asked <= budget]
+        low, high = max(below, default=0), min([budget, *above])
+        fitting = [a for a in self.attempts if low <= a.peak <= high]
+        return min(fitting, key=lambda a: (a.modelled.seconds, a.peak), default=None)
+
+    def _scale(self) -> float:
+        """Compiled bytes per modelled byte: a sharded program holds a part on each device."""
+        first = self.attempts[0]
+        if self.devices == 1 or not first.modelled.peak:
+            return 1.0
+        return first.memory.temp_bytes / first.modelled.peak
+
+    def _allowed(self, anchor: Attempt, budget: int, known: Attempt | None) -> float:
+        margin = 0.995 if known is None else 1.0
+        return anchor.modelled.peak + (margin * budget - anchor.peak) / self._scale()
+
+    def _predict(self, anchor: Attempt, modelled: Modelled) -> float:
+        return anchor.peak + (modelled.peak - anchor.modelled.peak) * self._scale()
+
+    def _try(self, modelled: Modelled, predicted: float | None) -> None:
+        start = time.perf_counter()
+        compiled = self.compile(None if modelled.decision is None else modelled.program)
+        self.compile_seconds += time.perf_counter() - start
+        self.compiles += 1
+        collectives = count_collectives(compiled.as_text()) if self.devices > 1 else {}
+        self.attempts.append(Attempt(modelled, predicted, memory_report(compiled), collectives))
+
+    def _infeasible(self, budget: int) -> BudgetError:
+        least = min(self.attempts, key=lambda a: a.peak)
+        memory = least.memory
+        resident = memory.argument_bytes + memory.output_bytes - memory.alias_bytes
+        return BudgetError(
+            f"no plan fits {show_bytes(budget)}",
+            expected=f"a budget of at least {show_bytes(least.peak)}, the smallest peak found",
+            got=f"{show_bytes(budget)}; of the smallest peak, {show_bytes(resident)} are arguments "
+            f"and results (parameters, optimizer state, batch), {show_bytes(memory.temp_bytes)} "
+            "temporaries",
+            fix="take a smaller batch, or split it with accumulate_steps; or keep the optimizer "
+            "state in 8 bits with fastgpu.optimizers.compressed",
+            least_bytes=least.peak,
+        )
+
+
+def count_collectives(program_text: str) -> dict[str, int]:
+    """How many collective operations of each kind a compiled program has.
+
+    >>> count_collectives("%x = f32[8] all-reduce(%y), %z = f32[8] all-gather-start(%x)")
+    {'all-gather': 1, 'all-reduce': 1}
+    """
+    calls = re.findall(r"\b([a-z]+(?:-[a-z]+)*?)(?:-start)?\(", program_text)
+    found = Counter(name for name in calls if name in _COLLECTIVES)
+    return {name: found[name] for name in _COLLECTIVES if found[name]}
+
+
+def parse_budget(budget: int | float | str, unconstrained: Callable[[], int]) -> int:
+    """Bytes from bytes, "16GiB", "8GB", or "60%" of the unconstrained peak.
+
+    Raises `ConfigurationError` for anything else, or a budget that is not positive.
+
+    >>> parse_budget("1.5KiB", lambda: 0), parse_budget("50%", lambda: 1000)
+    (1536, 500)
+    """
+    if isinstance(budget, int | float) and not isinstance(budget, bool):
+        bytes_wanted = float(budget)
+    else:
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?b|b|%)\s*", str(budget).lower())
+        if match is None:
+            raise ConfigurationError(
+                f"the memory budget {budget!r} cannot be read",
+                expected="bytes, or text such as '16GiB', '8000MB' or '60%'",
+                got=repr(budget),
+            )
+        number, unit = float(match[1]), match[2]
+        if unit == "%":
+            bytes_wanted = number / 100 * unconstrained()
+        else:
+            base = 1024 if "i" in unit else 1000
+            bytes_wanted = number * base ** "bkmgt".index(unit[0])
+    if not 0 < bytes_wanted < float("inf"):
+        raise ConfigurationError(
+            f"the memory budget {budget!r} is not positive",
+            expected="a positive number of bytes",
+            got=repr(budget),
+        )
+    return int(bytes_wanted)
+
+
+def show_bytes(count: float) -> str:
+    """Bytes for people.
+
+    >>> show_bytes(3 * 2**30), show_bytes(1536)
+    ('3.00 GiB', '1.50 KiB')
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

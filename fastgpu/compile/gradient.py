@@ -1,0 +1,258 @@
+"""`value_and_grad`: like JAX's, within a number of bytes.
+
+The warning: the budget is that of the program compiled for the shapes at hand. Under `vmap`, and
+inside of a larger program, the gradients are the same and the decisions stay, but what surrounds
+them needs memory of its own. `fastgpu.train_step(memory_budget=...)` counts the whole step.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fastgpu.compile.budget import Attempt, Search, parse_budget
+from fastgpu.compile.deviceless import compile_for, options_for, shape_of
+from fastgpu.errors import TraceError
+from fastgpu.hardware import Device, Target, parse_target
+from fastgpu.ir.compat import ClosedJaxpr, Tracer, eval_jaxpr, platform
+from fastgpu.transforms import optimize, optimized_trace
+from fastgpu.transforms.remat import Planner, trace_joint
+
+
+def value_and_grad(
+    fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    memory_budget: int | float | str | None = None,
+    target: str | Device | Target | None = None,
+    passes: Any = "default",
+) -> "ValueAndGrad":
+    """`jax.value_and_grad` of `fastgpu.optimize(fn)`, compiled to a peak within `memory_budget`.
+
+    Args:
+      fn: a function of pytrees of arrays that returns a real scalar (or `(scalar, aux)`).
+      argnums, has_aux: as in `jax.value_and_grad`.
+      memory_budget: bytes; or "16GiB", "8GB"; or "60%" of the peak without a budget. The peak is
+        the compiler's: arguments + results - aliases + temporaries + code, on one device.
+      target: the device to plan for, such as "h100"; `None` is the one that JAX runs on.
+      passes: handed to `fastgpu.optimize`.
+
+    What the backward half needs and the budget does not allow to keep is computed again; the
+    gradients are the same. The decisions are made for each set of shapes, once. Composes with
+    `jit`, `vmap` and further differentiation, which all see plain equations. On a CPU the plan only
+    holds in programs compiled with `fastgpu.compile.options_for("cpu")`, as a direct call is.
+
+    Raises `BudgetError` when no plan fits, with the smallest peak that was found; `TraceError` when
+    the result is no real scalar or a differentiated argument is not floating-point.
+
+    >>> def loss(w, x):
+    ...     for _ in range(12):
+    ...         x = jnp.tanh(x @ w)
+    ...     return jnp.sum(x)
+    >>> w, x = jnp.eye(32) * 0.5, jnp.ones((2048, 32))
+    >>> value, grad = value_and_grad(loss, memory_budget="70%")(w, x)
+    >>> bool(jnp.allclose(grad, jax.grad(loss)(w, x), rtol=1e-5))
+    True
+    """
+    return ValueAndGrad(fn, argnums, has_aux, memory_budget, target, passes)
+
+
+class ValueAndGrad:
+    """What `value_and_grad` returns. Call it; `search` is what `fastgpu.plan` asks."""
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        argnums: int | Sequence[int],
+        has_aux: bool,
+        memory_budget: int | float | str | None,
+        target: str | Device | Target | None,
+        passes: Any,
+    ) -> None:
+        self.fn, self.argnums, self.has_aux = fn, argnums, has_aux
+        self.memory_budget, self.target, self.passes = memory_budget, target, passes
+        self._searches: dict[Any, tuple[Gradient, Search]] = {}
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`(value, gradients)`, or `((value, aux), gradients)`."""
+        if self.memory_budget is None:
+            fn = optimize(self.fn, passes=self.passes, target=self.target)
+            return jax.value_and_grad(fn, self.argnums, self.has_aux)(*args, **kwargs)
+        moving, rest = self._split(args, kwargs)
+        leaves = jax.tree.leaves((moving, rest))
+        gradient, search = self._search_for(moving, rest, self.target)
+        attempt = search.within(parse_budget(self.memory_budget, lambda: search.unconstrained.peak))
+        program = program_of(attempt)
+        if any(isinstance(leaf, Tracer) for leaf in leaves):
+            return self._result(gradient.evaluate(program, moving, rest))
+        if id(program) not in self._compiled:
+            self._compiled[id(program)] = jax.jit(
+                lambda moving, rest: gradient.evaluate(program, moving, rest),
+                compiler_options=options_for(platform()),
+            )
+        return self._result(self._compiled[id(program)](moving, rest))
+
+    def search(
+        self, args: Sequence[Any], target: str | Device | Target | None
+    ) -> tuple[Search, Callable[..., Callable[..., Any]], tuple[Any, ...]]:
+        """The search for these arguments, what it compiles for a program, and on what."""
+        moving, rest = self._split(tuple(args), {})
+        gradient, search = self._search_for(moving, rest, target or self.target)
+
+        def build(program: ClosedJaxpr | None) -> Callable[..., Any]:
+            return lambda moving, rest: gradient.evaluate(program, moving, rest)
+
+        return search, build, (moving, rest)
+
+    def _search_for(self, moving: Any, rest: Any, target: Any) -> tuple["Gradient", Search]:
+        leaves, tree = jax.tree.flatten((moving, rest))
+        structs = [shape_of(leaf) for leaf in leaves]
+        key = (tree, tuple((s.shape, s.dtype, s.weak_type, s.sharding) for s in structs), target)
+        if key not in self._searches:
+            moving, rest = jax.tree.unflatten(tree, structs)
+            gradient = Gradient(self._of_trees, moving, rest, target, self.passes)
+
+            def compiled(program: ClosedJaxpr | None) -> Any:
+                def run(moving: Any, rest: Any) -> Any:
+                    return gradient.evaluate(program, moving, rest)
+
+                return compile_for(run, (moving, rest), target)
+
+            self._searches[key] = gradient, gradient.search(compiled)
+        return self._searches[key]
+
+    def _split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        moving = tuple(args[i] for i in self._numbers(len(args)))
+        fixed = {i: arg for i, arg in enumerate(args) if i not in self._numbers(len(args))}
+        return moving, (fixed, kwargs)
+
+    def _numbers(self, count: int) -> tuple[int, ...]:
+        numbers = (self.argnums,) if isinstance(self.argnums, int) else tuple(self.argnums)
+        for number in numbers:
+            if not -count <= number < count:
+                raise TraceError(
+                    f"argnums={self.argnums} names an argument that was not given",
+                    expected=f"indexes into {count} positional arguments",
+                    got=str(number),
+                )
+        return tuple(number % count for number in numbers)
+
+    def _of_trees(self, moving: Any, rest: Any) -> tuple[Any, Any]:
+        fixed, kwargs = rest
+        args = dict(fixed)
+        args.update(zip(self._numbers(len(fixed) + len(moving)), moving, strict=True))
+        result = self.fn(*(args[i] for i in sorted(args)), **kwargs)
+        return result if self.has_aux else (result, ())
+
+    def _result(self, result: Any) -> Any:
+        (value, aux), grads = result
+        if isinstance(self.argnums, int):
+            grads = grads[0]
+        return ((value, aux) if self.has_aux else value), grads
+
+
+class Gradient:
+    """A function `(moving, rest) -> (scalar, aux)` and its gradient, as one flat program."""
+
+    def __init__(
+        self,
+        fn: Callable[[Any, Any], tuple[Any, Any]],
+        moving: Any,
+        rest: Any,
+        target: str | Device | Target | None,
+        passes: Any = "default",
+    ) -> None:
+        self.target = resolve_target(target)
+        moving_leaves, self.moving_tree = jax.tree.flatten(jax.tree.map(shape_of, moving))
+        rest_leaves, self.rest_tree = jax.tree.flatten(jax.tree.map(shape_of, rest))
+        _require_floating(moving)
+        self.count = len(moving_leaves)
+        self.aux_tree: Any = None
+        structs = [_plain(s) for s in (*moving_leaves, *rest_leaves)]
+
+        def of_leaves(*leaves: Any) -> tuple[Any, Any]:
+            moving = jax.tree.unflatten(self.moving_tree, leaves[: self.count])
+            rest = jax.tree.unflatten(self.rest_tree, leaves[self.count :])
+            value, aux = fn(moving, rest)
+            _require_scalar(value)
+            return value, aux
+
+        optimized = optimized_trace(of_leaves, structs, passes, self.target).as_fun()
+
+        def flat(*leaves: Any) -> tuple[list[Any], list[Any]]:
+            value, aux = optimized(*leaves)
+            aux_leaves, self.aux_tree = jax.tree.flatten(aux)
+            return [value], aux_leaves
+
+        self.joint = trace_joint(flat, structs[: self.count], structs[self.count :])
+        self.planner = Planner(self.joint, self.target.device)
+
+    def search(self, compiled: Callable[[ClosedJaxpr | None], Any]) -> Search:
+        """A search over this gradient's programs, each compiled as `compiled(program)` does."""
+        return Search(self.planner, compiled, self.target.count)
+
+    def evaluate(self, program: ClosedJaxpr | None, moving: Any, rest: Any) -> Any:
+        """`((value, aux), gradients)` by `program`; `None` is the one that keeps everything."""
+        program = program or self.planner.unconstrained.program
+        leaves = [*jax.tree.leaves(moving), *jax.tree.leaves(rest)]
+        one = jnp.ones((), program.in_avals[-1].dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        outputs = eval_jaxpr(program.jaxpr, program.consts, *leaves, one)
+        value, aux, grads = (
+            outputs[0],
+            outputs[1 : self.joint.results],
+            outputs[self.joint.results :],
+        )
+        aux = jax.tree.unflatten(self.aux_tree, aux)
+        return (value, aux), jax.tree.unflatten(self.moving_tree, grads)
+
+
+def program_of(attempt: Attempt) -> ClosedJaxpr | None:
+    """What `Gradient.evaluate` takes for an attempt."""
+    return None if attempt.modelled.decision is None else attempt.modelled.program
+
+
+def resolve_target(target: str | Device | Target | None) -> Target:
+    """The target named; for `None` the one that JAX runs on, priced as the nearest known device."""
+    if target is not None:
+        return parse_target(target)
+    return Target(live_device())
+
+
+def live_device() -> Device:
+    """The profile of the device that JAX runs on: the one whose name fits, or its platform's."""
+    from fastgpu.hardware import DEVICES
+
+    kind = jax.devices()[0].device_kind.lower().replace(" ", "").replace("-", "")
+    for name, known in sorted(DEVICES.items(), key=lambda item: -len(item[0])):
+        if known.platform == "cuda" and name.replace("-", "") in kind:
+            return known
+    return DEVICES["cpu" if platform() == "cpu" else "h100"]
+
+
+def _plain(struct: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(struct.shape, struct.dtype, weak_type=struct.weak_type)
+
+
+def _require_floating(moving: Any) -> None:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(moving)[0]:
+        if not jnp.issubdtype(shape_of(leaf).dtype, jnp.floating):
+            raise TraceError(
+                f"argument {jax.tree_util.keystr(path)} cannot be differentiated",
+                expected="floating-point arrays in the arguments that `argnums` names",
+                got=str(shape_of(leaf).dtype),
+                fix="name another argument, or cast it to float32",
+            )
+
+
+def _require_scalar(value: Any) -> None:
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TraceError(
+            "the function's result cannot be differentiated",
+            expected="a floating-point scalar",
+            got=type(value).__name__ if dtype is None else f"{dtype}{list(shape or ())}",
+            fix="reduce it, for example with .mean(); pass has_aux=True if it returns a pair",
+        )

@@ -1,0 +1,261 @@
+"""What a fusing compiler keeps in memory, and how long: a model of XLA, to be corrected by XLA.
+
+XLA writes few of a program's values to memory. Elementwise equations disappear into the kernels
+that read them; what convolutions, matrix products, loops and barriers read or write is stored. The
+rules here are those of XLA's GPU fusion in short: a value is *stored* when an equation that cannot
+fuse makes or reads it, when it is an output, or when it is dear and read more than once.
+
+The warning: this is a model. It ranks plans and prices them; a compiled program's own figure
+(`fastgpu.compile.memory_report`) is what counts.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastgpu.hardware import Device
+from fastgpu.ir.analysis import aval_bytes
+from fastgpu.ir.compat import DropVar, Jaxpr, JaxprEqn, Var, sub_jaxprs
+from fastgpu.ir.cost import equation_cost
+from fastgpu.ir.lowered import stands_for
+
+# The same bytes under another name.
+_VIEWS = frozenset(
+    ("reshape", "squeeze", "expand_dims", "bitcast_convert_type", "copy_p", "stop_gradient")
+)
+_BARRIER = "optimization_barrier"
+# Equations that XLA fuses into whatever reads their result.
+_FUSIBLE = frozenset(
+    (
+        *("abs", "add", "add_any", "and", "atan2", "broadcast_in_dim", "cbrt", "ceil", "clamp"),
+        *("concatenate", "convert_element_type", "copy", "cos", "cosh", "div", "dynamic_slice"),
+        *("eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "imag"),
+        *("integer_pow", "iota", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt"),
+        *("max", "min", "mul", "ne", "neg", "nextafter", "not", "or", "pad", "population_count"),
+        *("pow", "real", "reduce_precision", "rem", "rev", "round", "rsqrt", "select_n"),
+        *("shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh"),
+        *("slice", "sqrt", "square", "sub", "tan", "tanh", "transpose", "xor", "random_bits"),
+        *("random_wrap", "random_unwrap", "threefry2x32", "sharding_constraint", "split"),
+    )
+)
+_CALLS = frozenset(("jit", "pjit", "closed_call", "core_call", "custom_jvp_call"))
+_REDUCTIONS = frozenset(
+    (
+        *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"),
+        *("argmax", "argmin", "reduce_precision_p", "reduce_xor"),
+    )
+)
+# Too dear to be computed once for every reader.
+_DEAR = frozenset(("random_bits", "threefry2x32", "erf_inv"))
+# Written over their first operand when nobody needs it any more.
+_IN_PLACE = ("dynamic_update_slice", "scatter")
+
+
+def is_fusible(eqn: JaxprEqn) -> bool:
+    """Whether a compiler computes `eqn` inside of the kernels that read its result.
+
+    >>> import jax, jax.numpy as jnp
+    >>> eqns = jax.make_jaxpr(lambda x: jnp.dot(x + 1, x))(jnp.ones((2, 2))).jaxpr.eqns
+    >>> [is_fusible(eqn) for eqn in eqns]
+    [True, False]
+    """
+    name = eqn.primitive.name
+    if name in _CALLS:
+        return all(is_fusible(inner) for sub in sub_jaxprs(eqn) for inner in sub.eqns)
+    return (name in _FUSIBLE or name in _VIEWS) and not eqn.effects
+
+
+def is_view(eqn: JaxprEqn) -> bool:
+    """Whether `eqn` only renames bytes."""
+    return eqn.primitive.name in _VIEWS
+
+
+def is_dear(eqn: JaxprEqn) -> bool:
+    """Whether `eqn` is fusible, but too much work to be done once for every reader."""
+    return eqn.primitive.name in _DEAR
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Which values of one flat program take memory, and until which equation.
+
+    `root` maps a value to the one whose bytes it shares. `stored` holds roots. `last` is the index
+    of the last equation that reads a root's bytes, fused readers included; values that the program
+    gives out have the number of equations.
+    """
+
+    jaxpr: Jaxpr
+    root: dict[Var, Var]
+    stored: frozenset[Var]
+    last: dict[Var, int]
+    sources: dict[Var, frozenset[Var]]
+
+    def is_stored(self, var: Var) -> bool:
+        """Whether `var` has bytes of its own in memory."""
+        return self.root[var] in self.stored
+
+
+def storage(jaxpr: Jaxpr) -> Storage:
+    """Decide for every value of `jaxpr` whether it is stored, and for how long.
+
+    >>> import jax, jax.numpy as jnp
+    >>> fn = lambda x: jnp.dot(jnp.maximum(x * 2, 0), x)
+    >>> jaxpr = jax.make_jaxpr(fn)(jnp.ones((2, 2))).jaxpr
+    >>> stored = storage(jaxpr)
+    >>> [stored.is_stored(v) for eqn in jaxpr.eqns for v in eqn.outvars]
+    [False, True, True]
+    """
+    eqns = jaxpr.eqns
+    root: dict[Var, Var] = {v: v for v in (*jaxpr.constvars, *jaxpr.invars)}
+    for eqn in eqns:
+        for index, out in enumerate(eqn.outvars):
+            source = _shares_bytes_with(eqn, index)
+            root[out] = root[source] if isinstance(source, Var) else out
+
+    readers: dict[Var, list[int]] = {}
+    for index, eqn in enumerate(eqns):
+        if is_view(eqn):
+            continue
+        for v in {root[v] for v in eqn.invars if isinstance(v, Var)}:
+            readers.setdefault(v, []).append(index)
+    given_out = {root[v] for v in jaxpr.outvars if isinstance(v, Var)}
+
+    stored = {root[v] for v in (*jaxpr.constvars, *jaxpr.invars)} | given_out
+    sources: dict[Var, frozenset[Var]] = {}
+    for eqn in eqns:
+        if is_view(eqn) or eqn.primitive.name == _BARRIER:
+            continue
+        behind = _stored_behind(eqn, root, sources)
+        for out in eqn.outvars:
+            if out in given_out or _is_stored(
+                eqn, out, [eqns[i] for i in readers.get(out, ())], behind
+            ):
+                stored.add(out)
+            else:
+                sources[out] = behind
+
+    last = {v: len(eqns) for v in given_out}
+    for index in range(len(eqns) - 1, -1, -1):
+        eqn = eqns[index]
+        if is_view(eqn):
+            continue
+        fused = is_fusible(eqn) and not any(root[v] in stored for v in eqn.outvars)
+        used = max((last.get(root[v], -1) for v in eqn.outvars), default=-1) if fused else index
+        for v in {root[v] for v in eqn.invars if isinstance(v, Var)}:
+            last[v] = max(last.get(v, -1), used)
+    return Storage(jaxpr, root, frozenset(stored), last, sources)
+
+
+def _stored_behind(
+    eqn: JaxprEqn, root: dict[Var, Var], sources: dict[Var, frozenset[Var]]
+) -> frozenset[Var]:
+    """The stored values that a kernel for `eqn` reads: its inputs, or what those are fused from."""
+    found: set[Var] = set()
+    for v in eqn.invars:
+        if isinstance(v, Var):
+            found |= sources.get(root[v], frozenset((root[v],)))
+    return frozenset(found)
+
+
+def temporary_bytes(view: Storage) -> list[int]:
+    """Bytes of temporaries alive while each equation runs, in program order.
+
+    Inputs and outputs are not counted: they are buffers of their own.
+
+    >>> import jax, jax.numpy as jnp
+    >>> fn = lambda x: jnp.sum(jnp.dot(jnp.sin(x), x))
+    >>> temporary_bytes(storage(jax.make_jaxpr(fn)(jnp.ones((16, 16))).jaxpr))
+    [1024, 2048, 1024]
+    """
+    jaxpr = view.jaxpr
+    outside = {view.root[v] for v in (*jaxpr.constvars, *jaxpr.invars)}
+    outside |= {view.root[v] for v in jaxpr.outvars if isinstance(v, Var)}
+    ends: dict[int, list[Var]] = {}
+    alive = 0
+    timeline = []
+    for index, eqn in enumerate(jaxpr.eqns):
+        born = 0
+        for out in eqn.outvars:
+            if isinstance(out, DropVar) or view.root[out] is not out:
+                continue
+            if out in outside or out not in view.stored:
+                continue
+            size = aval_bytes(out.aval)
+            born += size
+            ends.setdefault(max(view.last.get(out, index), index), []).append(out)
+        alive += born
+        subs = () if is_fusible(eqn) else sub_jaxprs(eqn)
+        inner = max((_inner_bytes(sub) for sub in subs), default=0)
+        dying = sum(aval_bytes(v.aval) for v in ends.pop(index, ()))
+        # Such a kernel writes over an input that it is the last to read.
+        reuses = is_fusible(eqn) or eqn.primitive.name.startswith(_IN_PLACE)
+        reused = min(born, dying) if reuses else 0
+        timeline.append(alive + inner - reused)
+        alive -= dying
+    return timeline
+
+
+def _inner_bytes(jaxpr: Jaxpr) -> int:
+    view = storage(jaxpr)
+    carried = sum(aval_bytes(v.aval) for v in jaxpr.outvars if isinstance(v, Var))
+    return max(temporary_bytes(view), default=0) + min(
+        carried, sum(aval_bytes(v.aval) for v in jaxpr.invars)
+    )
+
+
+def kernel_seconds(view: Storage, device: Device) -> list[float]:
+    """Roofline seconds of each equation on `device`, when fused equations cost no traffic.
+
+    A stored elementwise value is one write and one read of each stored value behind it; a value
+    that is not stored is free, and paid for by those that read it.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from fastgpu.hardware import device
+    >>> jaxpr = jax.make_jaxpr(lambda x: (x + 1) * 2)(jnp.ones(1 << 20)).jaxpr
+    >>> [f"{s:.1e}" for s in kernel_seconds(storage(jaxpr), device("h100"))]
+    ['0.0e+00', '2.5e-06']
+    """
+    return [equation_seconds(view, eqn, device) for eqn in view.jaxpr.eqns]
+
+
+def equation_seconds(view: Storage, eqn: JaxprEqn, device: Device) -> float:
+    """The entry of `kernel_seconds` for one equation of `view.jaxpr`."""
+    name, _ = stands_for(eqn)
+    if is_view(eqn) or name == _BARRIER:
+        return 0.0
+    fusible = is_fusible(eqn)
+    if fusible and not any(view.root[v] in view.stored for v in eqn.outvars):
+        return 0.0
+    read = _stored_behind(eqn, view.root, view.sources)
+    moved = sum(aval_bytes(v.aval) for v in read)
+    moved += sum(aval_bytes(v.aval) for v in eqn.outvars if not isinstance(v, DropVar))
+    subs = sub_jaxprs(eqn)
+    if subs and not fusible:
+        turns = eqn.params.get("length", 1)
+        inner = [sum(kernel_seconds(storage(sub), device)) for sub in subs]
+        return (max(inner) if name == "cond" else sum(inner)) * turns
+    cost = equation_cost(eqn)
+    matrix = name in ("dot_general", "conv_general_dilated")
+    typed = eqn.invars if matrix else eqn.outvars
+    dtype = getattr(typed[0].aval, "dtype", "float32") if typed else "float32"
+    return device.seconds(cost.flops, moved, dtype, matrix=matrix)
+
+
+def _shares_bytes_with(eqn: JaxprEqn, index: int) -> Any:
+    if is_view(eqn):
+        return eqn.invars[0]
+    if eqn.primitive.name == _BARRIER:
+        return eqn.invars[index]
+    return None
+
+
+def _is_stored(eqn: JaxprEqn, out: Var, readers: list[JaxprEqn], behind: frozenset[Var]) -> bool:
+    if not is_fusible(eqn):
+        return True
+    if any(not is_fusible(r) and r.primitive.name not in _REDUCTIONS for r in readers):
+        return True
+    size = aval_bytes(out.aval)
+    if is_dear(eqn) and len(readers) > 1:
+        return size > 4
+    # Every reader would read all that lies behind; or one writes the value and each reads that.
+    gathered = sum(aval_bytes(v.aval) for v in behind)
+    return len(readers) * gathered > gathered + (1 + len(readers)) * size

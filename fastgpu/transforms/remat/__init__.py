@@ -1,0 +1,12 @@
+"""Rematerialization: what the backward half of a program keeps, and what it computes again.
+
+    trace_joint → pose (cut, price) → solve (what to keep) → rematerialized (the new program)
+
+`Planner` does the last three for any number of budgets, against a model of the compiler's memory.
+"""
+
+from fastgpu.transforms.remat.decide import Modelled as Modelled
+from fastgpu.transforms.remat.decide import Planner as Planner
+from fastgpu.transforms.remat.decide import modelled as modelled
+from fastgpu.transforms.remat.joint import Joint as Joint
+from fastgpu.transforms.remat.joint import trace_joint as trace_joint

@@ -1,0 +1,249 @@
+"""What there is to decide: for each value of the forward half, keep it or compute it again.
+
+The forward half is cut into segments where little memory crosses. The backward half walks the
+segments from last to first; what a segment did not keep is computed again when the backward half
+reaches it, from what it and the segments before it kept.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastgpu.hardware import Device
+from fastgpu.ir.analysis import aval_bytes
+from fastgpu.ir.compat import Var
+from fastgpu.ir.fusion import (
+    Storage,
+    equation_seconds,
+    is_dear,
+    is_fusible,
+    is_view,
+    storage,
+)
+from fastgpu.transforms.remat.joint import Joint, flat_program
+
+# Stretches of the backward half of one segment that are told apart.
+_WINDOWS = 12
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of the backward half from equation `start` on, with `base` bytes of its own."""
+
+    start: int
+    base: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The forward half of `joint`, cut and priced for `device`.
+
+    `segment_of[i]` is the segment of forward equation i; `seconds[i]` what it costs to run it
+    again. `windows[k]` says what else is alive while the backward half is in segment k: cotangents
+    and gradients. `stored` are the forward values that take memory when they are computed again,
+    `free` those that cost nothing, `needed` what the residuals are computed from. Values of at
+    most `small` bytes are kept: deciding about them costs more than they do.
+    """
+
+    joint: Joint
+    device: Device
+    segment_of: list[int]
+    segments: int
+    seconds: list[float]
+    windows: list[list[Window]]
+    forward_base: list[int]
+    stored: frozenset[Var]
+    residuals: frozenset[Var]
+    producer: dict[Var, int]
+    view: Storage
+    needed: frozenset[Var]
+    free: frozenset[Var]
+    small: float
+
+    def last_read(self, var: Var) -> int:
+        """The last equation of the joint program that reads `var`, fused readers included."""
+        return self.view.last.get(self.view.root[var], -1)
+
+    def may_recompute(self, index: int) -> bool:
+        """Whether forward equation `index` may run twice: one with effects may not."""
+        return not self.joint.forward.eqns[index].effects
+
+
+def pose(joint: Joint, device: Device, segment_bytes: float, small: float) -> Problem:
+    """Cut the forward half into segments of about `segment_bytes` of residuals, and price it."""
+    forward = joint.forward
+    whole = flat_program(joint).jaxpr
+    view = storage(whole)
+    producer = {v: i for i, eqn in enumerate(forward.eqns) for v in eqn.outvars}
+    residuals = frozenset(v for v in joint.residuals if isinstance(v, Var) and v in producer)
+    segment_of = _segments(joint, view, producer, segment_bytes)
+    count = segment_of[-1] + 1 if segment_of else 0
+    seconds = [equation_seconds(view, eqn, device) for eqn in forward.eqns]
+    stored = frozenset(v for v in producer if view.is_stored(v))
+    free = _free(joint, stored, small)
+    return Problem(
+        joint,
+        device,
+        segment_of,
+        count,
+        seconds,
+        _windows(joint, view, segment_of, producer, count),
+        _forward_base(joint, view, segment_of, count),
+        stored,
+        residuals - free,
+        producer,
+        view,
+        _needed(joint, residuals - free, producer, free),
+        free,
+        small,
+    )
+
+
+def _segments(
+    joint: Joint,
+    view: Storage,
+    producer: dict[Var, int],
+    segment_bytes: float,
+) -> list[int]:
+    """Cut where the fewest bytes cross, when half to one and a half of `segment_bytes` gathered."""
+    eqns = joint.forward.eqns
+    crossing = _crossing_bytes(joint, view)
+    gathered = [0] * len(eqns)
+    for v, index in producer.items():
+        if v in view.stored and view.last.get(v, -1) >= len(eqns):
+            gathered[index] += aval_bytes(v.aval)
+    cuts: list[int] = []
+    position, total = 0, 0
+    cheapest: int | None = None
+    while position < len(eqns):
+        total += gathered[position]
+        if total >= segment_bytes / 2:
+            if cheapest is None or crossing[position] <= crossing[cheapest]:
+                cheapest = position
+            if total >= 1.5 * segment_bytes:
+                cuts.append(cheapest + 1)
+                position, total, cheapest = cheapest + 1, 0, None
+                continue
+        position += 1
+    labels, label = [], 0
+    for index in range(len(eqns)):
+        if label < len(cuts) and index == cuts[label]:
+            label += 1
+        labels.append(label)
+    return labels
+
+
+def _crossing_bytes(joint: Joint, view: Storage) -> list[int]:
+    """For each forward equation, the stored bytes that later forward equations read."""
+    eqns = joint.forward.eqns
+    last: dict[Var, int] = {}
+    for index, eqn in enumerate(eqns):
+        for v in eqn.invars:
+            if isinstance(v, Var):
+                last[view.root[v]] = index
+    change = [0] * (len(eqns) + 1)
+    for index, eqn in enumerate(eqns):
+        if is_view(eqn):
+            continue
+        for v in eqn.outvars:
+            end = last.get(v, index)
+            # A fused value crosses as what it is computed from would; count it as its own bytes.
+            size = aval_bytes(v.aval)
+            if end > index:
+                change[index] += size
+                change[end] -= size
+    crossing, alive = [], 0
+    for index in range(len(eqns)):
+        alive += change[index]
+        crossing.append(alive)
+    return crossing
+
+
+def _windows(
+    joint: Joint, view: Storage, segment_of: Sequence[int], producer: dict[Var, int], count: int
+) -> list[list[Window]]:
+    """For each segment, stretches of its backward half and what they hold of their own."""
+    whole = view.jaxpr
+    boundary = len(joint.forward.eqns)
+    held = _held(view, boundary, len(whole.eqns), view.last)
+    spans: list[list[int]] = [[] for _ in range(max(count, 1))]
+    current = max(count - 1, 0)
+    for index in range(boundary, len(whole.eqns)):
+        reads = [
+            segment_of[producer[v]]
+            for v in whole.eqns[index].invars
+            if isinstance(v, Var) and v in producer
+        ]
+        if reads:
+            current = min(current, max(reads))
+        spans[current].append(index)
+    windows = []
+    for span in spans:
+        size = max(1, -(-len(span) // _WINDOWS))
+        chunks = [span[i : i + size] for i in range(0, len(span), size)]
+        windows.append(
+            [Window(chunk[0], max(held[index - boundary] for index in chunk)) for chunk in chunks]
+        )
+    return windows
+
+
+def _forward_base(joint: Joint, view: Storage, segment_of: Sequence[int], count: int) -> list[int]:
+    """Peak bytes of what the forward half holds for itself in each segment."""
+    last: dict[Var, int] = {}
+    for index, eqn in enumerate(joint.forward.eqns):
+        fused = is_fusible(eqn) and not any(view.is_stored(v) for v in eqn.outvars)
+        for v in eqn.invars:
+            if isinstance(v, Var) and not fused:
+                last[view.root[v]] = index
+    base = [0] * max(count, 1)
+    for index, held in enumerate(_held(view, 0, len(joint.forward.eqns), last)):
+        base[segment_of[index]] = max(base[segment_of[index]], held)
+    return base
+
+
+def _held(view: Storage, start: int, stop: int, last: dict[Var, int]) -> list[int]:
+    """Bytes alive while each equation from `start` to `stop` runs, of values made there."""
+    jaxpr = view.jaxpr
+    outside = {view.root[v] for v in (*jaxpr.constvars, *jaxpr.invars)}
+    outside |= {view.root[v] for v in jaxpr.outvars if isinstance(v, Var)}
+    alive, ends, timeline = 0, {}, []
+    for index in range(start, stop):
+        for out in jaxpr.eqns[index].outvars:
+            if view.root.get(out) is out and out in view.stored and out not in outside:
+                size = aval_bytes(out.aval)
+                alive += size
+                end = max(last.get(out, index), index)
+                ends[end] = ends.get(end, 0) + size
+        timeline.append(alive)
+        alive -= ends.pop(index, 0)
+    return timeline
+
+
+def _needed(
+    joint: Joint, residuals: frozenset[Var], producer: dict[Var, int], free: frozenset[Var]
+) -> frozenset[Var]:
+    """Residuals, and every forward value that they are computed from."""
+    pending = list(residuals)
+    seen: set[Var] = set()
+    while pending:
+        v = pending.pop()
+        if v not in seen and v in producer and v not in free:
+            seen.add(v)
+            eqn = joint.forward.eqns[producer[v]]
+            pending += [u for u in eqn.invars if isinstance(u, Var)]
+    return frozenset(seen)
+
+
+def _free(joint: Joint, stored: frozenset[Var], small: float) -> frozenset[Var]:
+    """Values that cost neither memory nor time: masks, positions, constants grown large.
+
+    They are fused into whatever reads them, from inputs and small values that are always there.
+    """
+    free: set[Var] = set()
+    for eqn in joint.forward.eqns:
+        if not is_fusible(eqn) or is_dear(eqn) or any(v in stored for v in eqn.outvars):
+            continue
+        if all(
+            not isinstance(v, Var) or v in free or aval_bytes(v.aval) <= small for v in eqn.invars
+        ):
+            free.update(v for v in eqn.outvars if aval_bytes(v.aval) > small)
+    return frozenset(free)

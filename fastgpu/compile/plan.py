@@ -223,7 +223,7 @@ def plan(
                 fix="leave memory_budget out, or use fastgpu.value_and_grad",
             )
         compiled = compile_for(fn, args, target)
-        whole = _modelled_whole(fn, args, chosen.device)
+        whole = modelled_whole(fn, args, chosen.device)
         memory = memory_report(compiled)
         collectives = count_collectives(compiled.as_text()) if chosen.count > 1 else {}
         attempt = Attempt(whole, None, memory, collectives)
@@ -234,14 +234,15 @@ def plan(
     first = search.unconstrained
     budget = None if wanted is None else parse_budget(wanted, lambda: first.peak)
     attempt = first if budget is None else search.within(budget)
-    before = _modelled_whole(build(None), call_args, chosen.device)
+    before = modelled_whole(build(None), call_args, chosen.device)
     after = before
     if attempt is not first:
-        after = _modelled_whole(build(program_of(attempt)), call_args, chosen.device)
+        after = modelled_whole(build(program_of(attempt)), call_args, chosen.device)
     return _report(chosen, attempt, first, after, before, search, start, budget)
 
 
-def _modelled_whole(fn: Callable[..., Any], args: Any, device: Device) -> Modelled:
+def modelled_whole(fn: Callable[..., Any], args: Any, device: Device) -> Modelled:
+    """The memory model's view of all of `fn(*args)`: the sharded program as if on one device."""
     structs = jax.tree.map(shape_of, tuple(args))
     leaves, tree = jax.tree.flatten(structs)
     plain = [jax.ShapeDtypeStruct(s.shape, s.dtype, weak_type=s.weak_type) for s in leaves]

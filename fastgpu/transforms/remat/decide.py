@@ -1,19 +1,33 @@
 """From a budget of temporary bytes to a decision whose modelled peak fits it."""
 
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fastgpu.hardware import Device
 from fastgpu.ir.compat import ClosedJaxpr
 from fastgpu.ir.fusion import Storage, kernel_seconds, storage, temporary_bytes
 from fastgpu.transforms.remat.joint import Joint, flat_program
-from fastgpu.transforms.remat.problem import pose
+from fastgpu.transforms.remat.problem import Cut, pose
 from fastgpu.transforms.remat.rewrite import rematerialized
 from fastgpu.transforms.remat.solve import Decision, Solver
 
-# Segments of the forward half that are tried: few need much memory at once, many need their
-# borders kept.
-_DIVISIONS = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 17, 20, 25)
+# Segments that are tried first, as parts of the peak: few segments need much memory at once, many
+# need their borders kept.
+_DIVISIONS = (3, 6, 10, 20)
+# Then variations of the best.
+_VARIATIONS = (
+    {"taper": 0.0},
+    {"taper": 0.8},
+    {"in_order": False},
+    {"taper": 0.0, "in_order": False},
+    {"division": 0.75},
+    {"division": 1.3},
+)
+# Cuts that are solved to integers, in the order of their relaxed cost.
+_MOST_TRIED = 6
 _SMALL = 64 * 1024
 
 
@@ -64,31 +78,22 @@ class Planner:
     def __init__(self, joint: Joint, device: Device) -> None:
         self.joint, self.device = joint, device
         self.unconstrained = modelled(flat_program(joint), device)
-        self._solvers: dict[int, Solver] = {}
-
-    @property
-    def solvers(self) -> list[Solver]:
-        """The same program cut in several ways, no two with as many segments."""
-        peak = self.unconstrained.peak
-        small = min(_SMALL, peak / 2000)
-        if not self._solvers:
-            for division in _DIVISIONS:
-                problem = pose(self.joint, self.device, peak / division, small)
-                self._solvers.setdefault(problem.segments, Solver(problem))
-        return list(self._solvers.values())
+        self._solvers: dict[Cut, Solver] = {}
+        self._by_segments: dict[Any, Solver] = {}
 
     def decide(self, budget: float) -> Modelled | None:
         """The cheapest decision found whose modelled peak is at most `budget` bytes, or `None`."""
         start = time.perf_counter()
-        priced = [(solver.relaxed(budget), solver) for solver in self.solvers]
-        ranked = sorted(
-            ((cost, solver) for cost, solver in priced if cost is not None), key=lambda one: one[0]
-        )
         best: Modelled | None = None
-        for _, solver in ranked[:2]:
+        fitting = 0
+        for cost, solver in self._best_cuts(lambda solver: solver.relaxed(budget))[:_MOST_TRIED]:
+            if best is not None and (fitting == 2 or cost > best.seconds - self._plain_seconds):
+                break
             found = self._fit(solver, budget)
-            if found is not None and (best is None or found.seconds < best.seconds):
-                best = found
+            if found is not None:
+                fitting += 1
+                if best is None or found.seconds < best.seconds:
+                    best = found
         if best is None:
             return None
         return replace(best, planning_seconds=time.perf_counter() - start)
@@ -96,15 +101,41 @@ class Planner:
     def least(self) -> Modelled:
         """The decision with the lowest modelled peak that was found."""
         start = time.perf_counter()
-        bounds = sorted(((solver.least(), solver) for solver in self.solvers), key=lambda b: b[0])
         tried = [self.unconstrained]
-        for bound, solver in bounds[:2]:
-            for slack in (1.01, 1.05, 1.15):
+        for bound, solver in self._best_cuts(lambda solver: solver.least())[: _MOST_TRIED // 2]:
+            for slack in (1.02, 1.06, 1.12, 1.2):
                 decision = solver.solve(bound * slack)
                 if decision is not None:
                     tried.append(modelled(rematerialized(decision), self.device, decision))
         best = min(tried, key=lambda m: m.peak)
         return replace(best, planning_seconds=time.perf_counter() - start)
+
+    @property
+    def _plain_seconds(self) -> float:
+        return self.unconstrained.seconds
+
+    def _best_cuts(self, value: Callable[[Solver], float]) -> list[tuple[float, Solver]]:
+        """Solvers of several cuts and their values, lowest first; infinite ones left out."""
+        small = min(_SMALL, self.unconstrained.peak / 2000)
+        peak = self.unconstrained.peak
+        cuts = [Cut(peak / division, small) for division in _DIVISIONS]
+        found = {solver: value(solver) for solver in map(self._solver, cuts)}
+        best = min(cuts, key=lambda cut: found[self._solver(cut)])
+        for change in _VARIATIONS:
+            settings = dict(change)
+            size = best.segment_bytes / settings.pop("division", 1.0)
+            solver = self._solver(replace(best, segment_bytes=size, **settings))
+            if solver not in found:
+                found[solver] = value(solver)
+        finite = [(cost, solver) for solver, cost in found.items() if math.isfinite(cost)]
+        return sorted(finite, key=lambda one: one[0])
+
+    def _solver(self, cut: Cut) -> Solver:
+        if cut not in self._solvers:
+            problem = pose(self.joint, self.unconstrained.view, self.device, cut)
+            key = tuple(problem.segment_of), cut.in_order
+            self._solvers[cut] = self._by_segments.setdefault(key, Solver(problem))
+        return self._solvers[cut]
 
     def _fit(self, solver: Solver, budget: float) -> Modelled | None:
         """Solve with a budget corrected by how far the model's peak is from it."""

@@ -5,8 +5,9 @@ segments from last to first; what a segment did not keep is computed again when 
 reaches it, from what it and the segments before it kept.
 """
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastgpu.hardware import Device
 from fastgpu.ir.analysis import aval_bytes
@@ -31,6 +32,22 @@ class Window:
 
     start: int
     base: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How to cut: segments of about `segment_bytes` of residuals.
+
+    With `taper` between 0 and 1 the first segments are larger by that part, and the last smaller:
+    the backward half reaches the first ones when everything else has been freed. `in_order`: the
+    backward half is done with a segment before it reads from an earlier one; otherwise it stays as
+    differentiation wrote it. Values of at most `small_bytes` are not decided about.
+    """
+
+    segment_bytes: float
+    small_bytes: float
+    taper: float = 0.5
+    in_order: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,15 +85,16 @@ class Problem:
         return not self.joint.forward.eqns[index].effects
 
 
-def pose(joint: Joint, device: Device, segment_bytes: float, small: float) -> Problem:
-    """Cut the forward half into segments of about `segment_bytes` of residuals, and price it."""
-    forward = joint.forward
-    whole = flat_program(joint).jaxpr
-    view = storage(whole)
+def pose(joint: Joint, view: Storage, device: Device, cut: Cut) -> Problem:
+    """Cut and price `joint`, of whose flat program `view` is the storage."""
+    forward, small = joint.forward, cut.small_bytes
     producer = {v: i for i, eqn in enumerate(forward.eqns) for v in eqn.outvars}
     residuals = frozenset(v for v in joint.residuals if isinstance(v, Var) and v in producer)
-    segment_of = _segments(joint, view, producer, segment_bytes)
+    segment_of = _segments(joint, view, producer, cut)
     count = segment_of[-1] + 1 if segment_of else 0
+    if cut.in_order and not joint.backward.effects:
+        joint = _segment_by_segment(joint, segment_of, producer, small)
+        view = storage(flat_program(joint).jaxpr)
     seconds = [equation_seconds(view, eqn, device) for eqn in forward.eqns]
     stored = frozenset(v for v in producer if view.is_stored(v))
     free = _free(joint, stored, small)
@@ -98,28 +116,60 @@ def pose(joint: Joint, device: Device, segment_bytes: float, small: float) -> Pr
     )
 
 
+def _segment_by_segment(
+    joint: Joint, segment_of: Sequence[int], producer: dict[Var, int], small: float
+) -> Joint:
+    """`joint` whose backward half is done with a segment before it reads from an earlier one.
+
+    Differentiation emits the gradients of parallel branches one after the other; without this two
+    segments would be computed again at the same time.
+    """
+    residual_of = dict(zip(joint.backward_residuals, joint.residuals, strict=True))
+    level: dict[Var, int] = {}
+    levels = []
+    for eqn in joint.backward.eqns:
+        lowest = max(segment_of, default=0)
+        for v in eqn.invars:
+            if not isinstance(v, Var):
+                continue
+            residual = residual_of.get(v)
+            if isinstance(residual, Var) and residual in producer:
+                if aval_bytes(residual.aval) > small:
+                    lowest = min(lowest, segment_of[producer[residual]])
+            else:
+                lowest = min(lowest, level.get(v, lowest))
+        levels.append(lowest)
+        level.update((v, lowest) for v in eqn.outvars)
+    order = sorted(range(len(levels)), key=lambda index: -levels[index])
+    eqns = [joint.backward.eqns[index] for index in order]
+    return replace(joint, backward=joint.backward.replace(eqns=eqns))
+
+
 def _segments(
     joint: Joint,
     view: Storage,
     producer: dict[Var, int],
-    segment_bytes: float,
+    cut: Cut,
 ) -> list[int]:
-    """Cut where the fewest bytes cross, when half to one and a half of `segment_bytes` gathered."""
+    """Cut where the fewest bytes cross, when half to one and a half of a segment gathered."""
     eqns = joint.forward.eqns
     crossing = _crossing_bytes(joint, view)
     gathered = [0] * len(eqns)
     for v, index in producer.items():
         if v in view.stored and view.last.get(v, -1) >= len(eqns):
             gathered[index] += aval_bytes(v.aval)
+    whole = sum(gathered) or 1
+    done = list(itertools.accumulate(gathered, initial=0))
     cuts: list[int] = []
     position, total = 0, 0
     cheapest: int | None = None
     while position < len(eqns):
         total += gathered[position]
-        if total >= segment_bytes / 2:
+        size = cut.segment_bytes * (1 + cut.taper * (1 - 2 * done[position] / whole))
+        if total >= size / 2:
             if cheapest is None or crossing[position] <= crossing[cheapest]:
                 cheapest = position
-            if total >= 1.5 * segment_bytes:
+            if total >= 1.5 * size:
                 cuts.append(cheapest + 1)
                 position, total, cheapest = cheapest + 1, 0, None
                 continue

@@ -138,10 +138,10 @@ class Solver:
                 upper[self.z[index]] = 0.0
         return lower, upper
 
-    def relaxed(self, budget: float) -> float | None:
-        """The least cost in seconds when values may be kept in part, or `None`."""
+    def relaxed(self, budget: float) -> float:
+        """The least cost in seconds when values may be kept in part; infinite if none fits."""
         result = self._minimize(self.cost(budget), budget)
-        return None if result.x is None else float(result.fun) * 1e-6
+        return np.inf if result.x is None else float(result.fun) * 1e-6
 
     def least(self) -> float:
         """The smallest budget in bytes that the relaxed problem has a solution for."""

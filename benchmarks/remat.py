@@ -3,8 +3,8 @@
     python benchmarks/remat.py --networks resnet50,gpt2-small --json benchmarks/results/remat.json
 
 Every peak is XLA's own figure for an H100, compiled on this machine without one. Costs are roofline
-seconds of the whole step, for fastgpu's plan and for the hand-written policies alike. The hand-written
-side puts `jax.checkpoint` around every block of the model, with each of JAX's named policies.
+seconds of the whole step, for fastgpu's plan and for the hand-written policies alike. Those put
+`jax.checkpoint` around every block of the model, with each of JAX's named policies.
 A network takes minutes: a compilation is 10 to 60 s on two cores.
 """
 
@@ -28,7 +28,7 @@ from fastgpu import models
 from fastgpu.compile import compile_for, memory_report
 from fastgpu.compile.plan import modelled_whole
 from fastgpu.hardware import device
-from fastgpu.models import googlenet, mobilenet, resnet, transformer, unet
+from fastgpu.models import googlenet, llama, mobilenet, resnet, transformer, unet
 
 IMAGE, TOKENS = ((224, 224, 3), jnp.float32), ((1024,), jnp.int32)
 # name: batch, one example's shape and dtype, settings, blocks that a person would checkpoint
@@ -39,7 +39,7 @@ NETWORKS = {
     "unet": (11, IMAGE, {}, (unet.DoubleConv,)),
     "googlenet": (320, IMAGE, {}, (googlenet.Inception,)),
     "gpt2-small": (8, TOKENS, {}, (transformer.TransformerBlock,)),
-    "llama-1b": (4, ((2048,), jnp.int32), {"dtype": jnp.bfloat16}, (models.llama.LlamaBlock,)),
+    "llama-1b": (4, ((2048,), jnp.int32), {"dtype": jnp.bfloat16}, (llama.LlamaBlock,)),
     "vit-b16": (64, IMAGE, {}, (transformer.TransformerBlock,)),
 }
 POLICIES = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
@@ -138,7 +138,7 @@ def measure(name: str, target: str, budgets: tuple[float, ...]) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--target", default="h100")
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))

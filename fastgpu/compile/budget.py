@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastgpu.compile.live import live_at_peak
 from fastgpu.compile.memory import MemoryReport, memory_report
 from fastgpu.errors import BudgetError, ConfigurationError
 from fastgpu.ir.compat import ClosedJaxpr
@@ -72,21 +73,23 @@ class Search:
         first = self.unconstrained
         if first.peak <= budget:
             return first
-        start = self.compiles
-        while self.compiles - start < MOST_COMPILES - 1:
+        start = len(self.attempts)
+        aim = 0.995
+        while len(self.attempts) - start < MOST_COMPILES - 1:
             known = self._cheapest(budget)
             if known is not None and known.peak >= _CLOSE * budget:
                 break
-            anchor = min(self.attempts, key=lambda a: abs(a.peak - budget))
-            allowed = self._allowed(anchor, budget, known)
-            modelled = self.planner.decide(allowed)
+            # The last attempt is the nearest to what the next one will be.
+            nearest = min(self.attempts, key=lambda a: abs(a.peak - budget))
+            anchor = self.attempts[-1] if len(self.attempts) > start else nearest
+            modelled = self._plan(anchor, aim * budget, least=known is None)
             if modelled is None:
-                if known is not None:
-                    break
-                modelled = self.planner.least()
-            self.planning_seconds += modelled.planning_seconds
-            if any(a.modelled.peak == modelled.peak for a in self.attempts):
                 break
+            if any(a.modelled.peak == modelled.peak for a in self.attempts):
+                aim -= 0.02
+                if aim < 0.9:
+                    break
+                continue
             self._try(modelled, self._predict(anchor, modelled))
         best = self._cheapest(budget)
         if best is None:
@@ -107,9 +110,14 @@ class Search:
             return 1.0
         return first.memory.temp_bytes / first.modelled.peak
 
-    def _allowed(self, anchor: Attempt, budget: int, known: Attempt | None) -> float:
-        margin = 0.995 if known is None else 1.0
-        return anchor.modelled.peak + (margin * budget - anchor.peak) / self._scale()
+    def _plan(self, anchor: Attempt, budget: float, least: bool) -> Modelled | None:
+        """The decision for `budget` bytes if the model is off by as much as it was for `anchor`."""
+        allowed = anchor.modelled.peak + (budget - anchor.peak) / self._scale()
+        modelled = self.planner.decide(allowed)
+        if modelled is None and least:
+            modelled = self.planner.least()
+        self.planning_seconds += 0.0 if modelled is None else modelled.planning_seconds
+        return modelled
 
     def _predict(self, anchor: Attempt, modelled: Modelled) -> float:
         return anchor.peak + (modelled.peak - anchor.modelled.peak) * self._scale()
@@ -125,15 +133,19 @@ class Search:
     def _infeasible(self, budget: int) -> BudgetError:
         least = min(self.attempts, key=lambda a: a.peak)
         memory = least.memory
+        filling = [
+            f"{show_bytes(value.bytes)} {' '.join(str(value).split())}"
+            for value in live_at_peak(least.modelled)[:3]
+        ]
         resident = memory.argument_bytes + memory.output_bytes - memory.alias_bytes
         return BudgetError(
             f"no plan fits {show_bytes(budget)}",
             expected=f"a budget of at least {show_bytes(least.peak)}, the smallest peak found",
             got=f"{show_bytes(budget)}; of the smallest peak, {show_bytes(resident)} are arguments "
             f"and results (parameters, optimizer state, batch), {show_bytes(memory.temp_bytes)} "
-            "temporaries",
-            fix="take a smaller batch, or split it with accumulate_steps; or keep the optimizer "
-            "state in 8 bits with fastgpu.optimizers.compressed",
+            f"temporaries, most of them {'; '.join(filling)}",
+            fix="take a smaller batch; or keep the optimizer state in 8 bits with "
+            "fastgpu.optimizers.compressed; or split both with fastgpu.shard_fsdp",
             least_bytes=least.peak,
         )
 

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,30 +18,18 @@ from fastgpu.compile.budget import (
 )
 from fastgpu.compile.deviceless import compile_for, shape_of
 from fastgpu.compile.gradient import program_of, resolve_target
+from fastgpu.compile.live import LiveValue, live_at_peak
 from fastgpu.compile.memory import MemoryReport, memory_report
 from fastgpu.errors import ConfigurationError, require
 from fastgpu.hardware import Device, Target, parse_target
 from fastgpu.ir.analysis import aval_bytes
-from fastgpu.ir.compat import ClosedJaxpr, DropVar, Var, source_line
+from fastgpu.ir.compat import ClosedJaxpr, Var, source_line
 from fastgpu.ir.cost import equation_cost, program_cost
-from fastgpu.ir.fusion import Storage, is_view
 from fastgpu.transforms.inline import inline_calls
 from fastgpu.transforms.remat import Modelled, modelled
 
 # Values listed in a report; all of them are in the JSON.
 _SHOWN = 12
-
-
-@dataclass(frozen=True)
-class LiveValue:
-    """One kind of value alive at the peak: `count` of this primitive, shape and source line."""
-
-    primitive: str
-    shape: tuple[int, ...]
-    dtype: str
-    source: str
-    bytes: int
-    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -176,11 +163,7 @@ class Plan:
         peak = show_bytes(max(self.timeline, default=0))
         lines.append(f"  alive at the peak of the model ({peak}{where}):")
         for value in self.live_at_peak[:_SHOWN]:
-            shape = ",".join(map(str, value.shape))
-            lines.append(
-                f"  {show_bytes(value.bytes):>12}  {value.count:>4} x {value.dtype}[{shape}]  "
-                f"{value.primitive}  {value.source}"
-            )
+            lines.append(f"  {show_bytes(value.bytes):>12}  {value}")
         return "\n".join(lines)
 
 
@@ -272,7 +255,7 @@ def _report(
         predicted_peak_bytes=int(attempt.predicted_bytes or attempt.peak),
         timeline=after.timeline,
         timeline_before=before.timeline,
-        live_at_peak=_live_at_peak(after),
+        live_at_peak=live_at_peak(after),
         residuals=[] if search is None else _decisions(search, attempt),
         recompute_flops_fraction=_recomputed(search, attempt, before.program),
         predicted_step_seconds=after.seconds / target.count,
@@ -283,36 +266,6 @@ def _report(
         seconds=time.perf_counter() - start,
         collectives=attempt.collectives,
     )
-
-
-def _live_at_peak(model: Modelled) -> list[LiveValue]:
-    view, timeline = model.view, model.timeline
-    if not timeline:
-        return []
-    peak = timeline.index(max(timeline))
-    counts: Counter[tuple[Any, ...]] = Counter()
-    sizes: dict[tuple[Any, ...], int] = {}
-    for index, eqn in enumerate(view.jaxpr.eqns[: peak + 1]):
-        if is_view(eqn):
-            continue
-        for v in eqn.outvars:
-            if _alive(view, v, index, peak):
-                aval: Any = v.aval
-                key = eqn.primitive.name, aval.shape, str(aval.dtype), source_line(eqn)
-                counts[key] += 1
-                sizes[key] = aval_bytes(aval)
-    values = [
-        LiveValue(name, shape, dtype, source, sizes[key] * count, count)
-        for key, count in counts.items()
-        for name, shape, dtype, source in (key,)
-    ]
-    return sorted(values, key=lambda value: -value.bytes)
-
-
-def _alive(view: Storage, v: Var, made: int, peak: int) -> bool:
-    if isinstance(v, DropVar) or view.root[v] is not v or v not in view.stored:
-        return False
-    return view.last.get(v, made) >= peak
 
 
 def _decisions(search: Search, attempt: Attempt) -> list[ResidualDecision]:

@@ -2,7 +2,6 @@
 
 from fastgpu.ir.analysis import aval_bytes as aval_bytes
 from fastgpu.ir.analysis import last_use as last_use
-from fastgpu.ir.analysis import live_bytes as live_bytes
 from fastgpu.ir.analysis import uses as uses
 from fastgpu.ir.analysis import walk as walk
 from fastgpu.ir.compat import ClosedJaxpr as ClosedJaxpr
@@ -11,6 +10,10 @@ from fastgpu.ir.cost import Cost as Cost
 from fastgpu.ir.cost import equation_cost as equation_cost
 from fastgpu.ir.cost import program_cost as program_cost
 from fastgpu.ir.cost import roofline_seconds as roofline_seconds
+from fastgpu.ir.fusion import Storage as Storage
+from fastgpu.ir.fusion import kernel_seconds as kernel_seconds
+from fastgpu.ir.fusion import storage as storage
+from fastgpu.ir.fusion import temporary_bytes as temporary_bytes
 from fastgpu.ir.lowered import Chooser as Chooser
 from fastgpu.ir.lowered import Site as Site
 from fastgpu.ir.lowered import lower_by as lower_by

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from fastgpu.ir.compat import (
     AbstractValue,
     ClosedJaxpr,
-    DropVar,
     Jaxpr,
     JaxprEqn,
     Var,
@@ -67,39 +66,3 @@ def last_use(jaxpr: Jaxpr) -> dict[Var, int]:
     }
     last.update((v, len(jaxpr.eqns)) for v in jaxpr.outvars if isinstance(v, Var))
     return last
-
-
-def live_bytes(jaxpr: Jaxpr) -> list[int]:
-    """Bytes alive while each equation runs, in program order: inputs stay, temporaries come and go.
-
-    An equation's inputs and outputs are both counted while it runs; what a nested program needs at
-    its own peak, beyond its inputs and outputs, is added. It is an upper bound of what a compiler
-    needs that fuses and reuses buffers.
-
-    >>> import jax, jax.numpy as jnp
-    >>> jaxpr = jax.make_jaxpr(lambda x: jnp.sum(jnp.sin(x) * 2))(jnp.ones(256)).jaxpr
-    >>> live_bytes(jaxpr)
-    [2048, 3072, 2052]
-    """
-    last = last_use(jaxpr)
-    held = {*jaxpr.constvars, *jaxpr.invars}
-    resident = sum(aval_bytes(v.aval) for v in held)
-    alive = 0
-    timeline = []
-    for index, eqn in enumerate(jaxpr.eqns):
-        made = sum(aval_bytes(v.aval) for v in eqn.outvars if not isinstance(v, DropVar))
-        inner = max((_extra_bytes(sub) for sub in sub_jaxprs(eqn)), default=0)
-        alive += made
-        timeline.append(resident + alive + inner)
-        finished = {v for v in (*eqn.invars, *eqn.outvars) if isinstance(v, Var)}
-        alive -= sum(
-            aval_bytes(v.aval)
-            for v in finished
-            if last.get(v, index) == index and not isinstance(v, DropVar) and v not in held
-        )
-    return timeline
-
-
-def _extra_bytes(jaxpr: Jaxpr) -> int:
-    borders = [*jaxpr.constvars, *jaxpr.invars, *jaxpr.outvars]
-    return max(0, max(live_bytes(jaxpr), default=0) - sum(aval_bytes(v.aval) for v in borders))

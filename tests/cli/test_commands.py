@@ -15,7 +15,7 @@ import fastgpu.cli
 from fastgpu.cli.run_folder import read_variables
 from fastgpu.errors import FastGPUError
 
-COMMANDS = ("env", "import", "inspect", "tune", "train", "benchmark", "export", "demo")
+COMMANDS = ("env", "import", "inspect", "plan", "tune", "train", "benchmark", "export", "demo")
 
 
 _PROGRAM = """
@@ -171,6 +171,31 @@ def test_a_native_model_is_trained_and_measured(folder: Path) -> None:
     assert [row["side"] for row in json.loads(measured[1])["rows"]] == ["fastgpu", "unoptimized"]
     assert other[0] == 1 and "is of another model" in other[2]
     assert not (folder / "o").exists()
+
+
+def test_plan_answers_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+    words = (
+        "plan",
+        "convnet",
+        "--shape",
+        "32,32,3",
+        "--batch-size",
+        "64",
+        "--set",
+        "num_classes=4",
+    )
+    found, cut, refused = in_one_process(
+        (*words, "--target", "h100", "--json", "--save", "plan.json"),
+        (*words, "--target", "l4:2", "--fsdp"),
+        (*words, "--target", "h1000"),
+        cwd=tmp_path,
+    )
+    assert found[0] == 0, found
+    report = json.loads(found[1])
+    assert report["fits"] is True and report["target"] == "h100"
+    assert json.loads((tmp_path / "plan.json").read_text())["peak_bytes"] == report["peak_bytes"]
+    assert cut[0] == 0 and "collectives: " in cut[1]
+    assert refused[0] == 1 and "one of h100" in refused[2]
 
 
 def test_tune_finds_a_configuration_to_train_with(folder: Path) -> None:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from fastgpu.hardware import Device
@@ -95,20 +96,32 @@ class Planner:
                 if best is None or found.seconds < best.seconds:
                     best = found
         if best is None:
-            return None
+            frugal = [found for found in self._frugal if found.peak <= budget]
+            if not frugal:
+                return None
+            best = min(frugal, key=lambda found: found.seconds)
         return replace(best, planning_seconds=time.perf_counter() - start)
 
     def least(self) -> Modelled:
         """The decision with the lowest modelled peak that was found."""
         start = time.perf_counter()
-        tried = [self.unconstrained]
+        best = min([self.unconstrained, *self._frugal], key=lambda m: m.peak)
+        return replace(best, planning_seconds=time.perf_counter() - start)
+
+    @cached_property
+    def _frugal(self) -> list[Modelled]:
+        """Decisions near the least memory that each of the best cuts can do with.
+
+        The solver's rows are above the model there, because they add up what is alive one after
+        the other; so these come first, and their modelled peaks are looked at afterwards.
+        """
+        found = []
         for bound, solver in self._best_cuts(lambda solver: solver.least())[: _MOST_TRIED // 2]:
-            for slack in (1.02, 1.06, 1.12, 1.2):
+            for slack in (1.02, 1.06, 1.12, 1.2, 1.3):
                 decision = solver.solve(bound * slack)
                 if decision is not None:
-                    tried.append(modelled(rematerialized(decision), self.device, decision))
-        best = min(tried, key=lambda m: m.peak)
-        return replace(best, planning_seconds=time.perf_counter() - start)
+                    found.append(modelled(rematerialized(decision), self.device, decision))
+        return found
 
     @property
     def _plain_seconds(self) -> float:

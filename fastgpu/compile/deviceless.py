@@ -45,8 +45,8 @@ def absent_devices(target: str | Device | Target) -> list[Any]:
 def absent_mesh(target: str | Device | Target) -> jax.sharding.Mesh:
     """A mesh with the axes "hosts" and "devices" over `absent_devices(target)`.
 
-    >>> absent_mesh("h100:4x8").shape
-    OrderedDict({'hosts': 4, 'devices': 8})
+    >>> dict(absent_mesh("h100:4x8").shape)
+    {'hosts': 4, 'devices': 8}
     """
     chosen = parse_target(target)
     devices = np.array(absent_devices(chosen), dtype=object)

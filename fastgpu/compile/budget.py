@@ -49,9 +49,13 @@ class Search:
     devices: int = 1
     attempts: list[Attempt] = field(default_factory=list)
     answers: dict[int, Attempt] = field(default_factory=dict)
-    compiles: int = 0
     planning_seconds: float = 0.0
     compile_seconds: float = 0.0
+
+    @property
+    def compiles(self) -> int:
+        """How many programs were compiled."""
+        return len(self.attempts)
 
     @property
     def unconstrained(self) -> Attempt:
@@ -126,7 +130,6 @@ class Search:
         start = time.perf_counter()
         compiled = self.compile(None if modelled.decision is None else modelled.program)
         self.compile_seconds += time.perf_counter() - start
-        self.compiles += 1
         collectives = count_collectives(compiled.as_text()) if self.devices > 1 else {}
         self.attempts.append(Attempt(modelled, predicted, memory_report(compiled), collectives))
 

@@ -88,7 +88,8 @@ class Planner:
         best: Modelled | None = None
         fitting = 0
         for cost, solver in self._best_cuts(lambda solver: solver.relaxed(budget))[:_MOST_TRIED]:
-            if best is not None and (fitting == 2 or cost > best.seconds - self._plain_seconds):
+            paid = math.inf if best is None else best.seconds - self.unconstrained.seconds
+            if fitting == 2 or cost > paid:
                 break
             found = self._fit(solver, budget)
             if found is not None:
@@ -122,10 +123,6 @@ class Planner:
                 if decision is not None:
                     found.append(modelled(rematerialized(decision), self.device, decision))
         return found
-
-    @property
-    def _plain_seconds(self) -> float:
-        return self.unconstrained.seconds
 
     def _best_cuts(self, value: Callable[[Solver], float]) -> list[tuple[float, Solver]]:
         """Solvers of several cuts and their values, lowest first; infinite ones left out."""

@@ -25,7 +25,6 @@ from flax import linen as nn
 
 import fastgpu as fgpu
 from fastgpu import models
-from fastgpu.compile import compile_for, memory_report
 from fastgpu.compile.plan import modelled_whole
 from fastgpu.hardware import device
 from fastgpu.models import googlenet, llama, mobilenet, resnet, transformer, unet
@@ -70,10 +69,10 @@ def by_hand(name: str, target: str) -> list[dict]:
             block.__call__ = checkpointed(call, getattr(jax.checkpoint_policies, policy))
         try:
             step, state, batch = build(name)
-            _, whole, args = step.search((state, batch), target)
-            compiled = compile_for(whole(None), args, target, donate_argnums=(0,))
-            model = modelled_whole(whole(None), args, device(target))
-            peak = memory_report(compiled).peak_bytes
+            search, whole, args = step.search((state, batch), target)
+            first = search.unconstrained
+            model = modelled_whole(whole(first.modelled.program), args, device(target))
+            peak = first.peak
             rows.append({"policy": policy, "peak_bytes": peak, "step_seconds": model.seconds})
         finally:
             for block, call in originals:

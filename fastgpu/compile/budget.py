@@ -1,7 +1,6 @@
 """Close the loop: plan, compile, read the compiler's own peak, correct, at most four times."""
 
 import re
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,8 +12,8 @@ from fastgpu.errors import BudgetError, ConfigurationError
 from fastgpu.ir.compat import ClosedJaxpr
 from fastgpu.transforms.remat.decide import Modelled, Planner
 
-# Compiles everything around a joint program; `None` is the one that keeps all.
-Compile = Callable[[ClosedJaxpr | None], Any]
+# Compiles everything around a joint program.
+Compile = Callable[[ClosedJaxpr], Any]
 MOST_COMPILES = 4
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 # A plan this close to its budget is not worth another compile.
@@ -50,7 +49,6 @@ class Search:
     attempts: list[Attempt] = field(default_factory=list)
     answers: dict[int, Attempt] = field(default_factory=dict)
     planning_seconds: float = 0.0
-    compile_seconds: float = 0.0
 
     @property
     def compiles(self) -> int:
@@ -64,11 +62,16 @@ class Search:
             self._try(self.planner.unconstrained, None)
         return self.attempts[0]
 
-    def within(self, budget: int) -> Attempt:
-        """The cheapest attempt whose compiled peak is at most `budget` bytes.
+    def bytes_of(self, budget: int | float | str) -> int:
+        """A budget in bytes, as `parse_budget` reads it."""
+        return parse_budget(budget, lambda: self.unconstrained.peak)
+
+    def within(self, budget: int | float | str) -> Attempt:
+        """The cheapest attempt whose compiled peak is at most `budget`.
 
         Raises `BudgetError` when none is found within `MOST_COMPILES` compilations.
         """
+        budget = self.bytes_of(budget)
         if budget not in self.answers:
             self.answers[budget] = self._search(budget)
         return self.answers[budget]
@@ -127,9 +130,7 @@ class Search:
         return anchor.peak + (modelled.peak - anchor.modelled.peak) * self._scale()
 
     def _try(self, modelled: Modelled, predicted: float | None) -> None:
-        start = time.perf_counter()
-        compiled = self.compile(None if modelled.decision is None else modelled.program)
-        self.compile_seconds += time.perf_counter() - start
+        compiled = self.compile(modelled.program)
         collectives = count_collectives(compiled.as_text()) if self.devices > 1 else {}
         self.attempts.append(Attempt(modelled, predicted, memory_report(compiled), collectives))
 

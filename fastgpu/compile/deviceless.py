@@ -113,6 +113,12 @@ def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
 
+def plain_shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    """`shape_of(leaf)` without its sharding: the whole value, as if on one device."""
+    struct = shape_of(leaf)
+    return jax.ShapeDtypeStruct(struct.shape, struct.dtype, weak_type=struct.weak_type)
+
+
 def _place(sharding: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return leaf if leaf.sharding is not None else leaf.update(sharding=sharding)
 

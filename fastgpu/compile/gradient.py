@@ -6,15 +6,16 @@ them needs memory of its own. `fastgpu.train_step(memory_budget=...)` counts the
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fastgpu.compile.budget import Attempt, Search, parse_budget
-from fastgpu.compile.deviceless import compile_for, options_for, shape_of
+from fastgpu.compile.budget import Search
+from fastgpu.compile.deviceless import compile_for, options_for, plain_shape, shape_of
 from fastgpu.errors import TraceError
-from fastgpu.hardware import Device, Target, parse_target
+from fastgpu.hardware import Device, Target, resolve_target
 from fastgpu.ir.compat import ClosedJaxpr, Tracer, eval_jaxpr, platform
 from fastgpu.transforms import optimize, optimized_trace
 from fastgpu.transforms.remat import Planner, trace_joint
@@ -74,26 +75,27 @@ class ValueAndGrad:
         self.fn, self.argnums, self.has_aux = fn, argnums, has_aux
         self.memory_budget, self.target, self.passes = memory_budget, target, passes
         self._searches: dict[Any, tuple[Gradient, Search]] = {}
-        self._compiled: dict[Any, Callable[..., Any]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`(value, gradients)`, or `((value, aux), gradients)`."""
         if self.memory_budget is None:
             fn = optimize(self.fn, passes=self.passes, target=self.target)
             return jax.value_and_grad(fn, self.argnums, self.has_aux)(*args, **kwargs)
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((args, kwargs))):
+            return self._planned(*args, **kwargs)
+        return self._jitted(*args, **kwargs)
+
+    @cached_property
+    def _jitted(self) -> Callable[..., Any]:
+        # The plan is made while JAX traces: once for each set of shapes.
+        return jax.jit(self._planned, compiler_options=options_for(platform()))
+
+    def _planned(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.memory_budget is not None
         moving, rest = self._split(args, kwargs)
-        leaves = jax.tree.leaves((moving, rest))
         gradient, search = self._search_for(moving, rest, self.target)
-        attempt = search.within(parse_budget(self.memory_budget, lambda: search.unconstrained.peak))
-        program = program_of(attempt)
-        if any(isinstance(leaf, Tracer) for leaf in leaves):
-            return self._result(gradient.evaluate(program, moving, rest))
-        if id(program) not in self._compiled:
-            self._compiled[id(program)] = jax.jit(
-                lambda moving, rest: gradient.evaluate(program, moving, rest),
-                compiler_options=options_for(platform()),
-            )
-        return self._result(self._compiled[id(program)](moving, rest))
+        program = search.within(self.memory_budget).modelled.program
+        return self._result(gradient.evaluate(program, moving, rest))
 
     def search(
         self, args: Sequence[Any], target: str | Device | Target | None
@@ -102,7 +104,7 @@ class ValueAndGrad:
         moving, rest = self._split(tuple(args), {})
         gradient, search = self._search_for(moving, rest, target or self.target)
 
-        def build(program: ClosedJaxpr | None) -> Callable[..., Any]:
+        def build(program: ClosedJaxpr) -> Callable[..., Any]:
             return lambda moving, rest: gradient.evaluate(program, moving, rest)
 
         return search, build, (moving, rest)
@@ -115,7 +117,7 @@ class ValueAndGrad:
             moving, rest = jax.tree.unflatten(tree, structs)
             gradient = Gradient(self._of_trees, moving, rest, target, self.passes)
 
-            def compiled(program: ClosedJaxpr | None) -> Any:
+            def compiled(program: ClosedJaxpr) -> Any:
                 def run(moving: Any, rest: Any) -> Any:
                     return gradient.evaluate(program, moving, rest)
 
@@ -171,7 +173,7 @@ class Gradient:
         _require_floating(moving)
         self.count = len(moving_leaves)
         self.aux_tree: Any = None
-        structs = [_plain(s) for s in (*moving_leaves, *rest_leaves)]
+        structs = [plain_shape(s) for s in (*moving_leaves, *rest_leaves)]
 
         def of_leaves(*leaves: Any) -> tuple[Any, Any]:
             moving = jax.tree.unflatten(self.moving_tree, leaves[: self.count])
@@ -190,13 +192,12 @@ class Gradient:
         self.joint = trace_joint(flat, structs[: self.count], structs[self.count :])
         self.planner = Planner(self.joint, self.target.device)
 
-    def search(self, compiled: Callable[[ClosedJaxpr | None], Any]) -> Search:
+    def search(self, compiled: Callable[[ClosedJaxpr], Any]) -> Search:
         """A search over this gradient's programs, each compiled as `compiled(program)` does."""
         return Search(self.planner, compiled, self.target.count)
 
-    def evaluate(self, program: ClosedJaxpr | None, moving: Any, rest: Any) -> Any:
-        """`((value, aux), gradients)` by `program`; `None` is the one that keeps everything."""
-        program = program or self.planner.unconstrained.program
+    def evaluate(self, program: ClosedJaxpr, moving: Any, rest: Any) -> Any:
+        """`((value, aux), gradients)` by `program`, one of the planner's."""
         leaves = [*jax.tree.leaves(moving), *jax.tree.leaves(rest)]
         one = jnp.ones((), program.in_avals[-1].dtype)  # pyright: ignore[reportAttributeAccessIssue]
         outputs = eval_jaxpr(program.jaxpr, program.consts, *leaves, one)
@@ -207,33 +208,6 @@ class Gradient:
         )
         aux = jax.tree.unflatten(self.aux_tree, aux)
         return (value, aux), jax.tree.unflatten(self.moving_tree, grads)
-
-
-def program_of(attempt: Attempt) -> ClosedJaxpr | None:
-    """What `Gradient.evaluate` takes for an attempt."""
-    return None if attempt.modelled.decision is None else attempt.modelled.program
-
-
-def resolve_target(target: str | Device | Target | None) -> Target:
-    """The target named; for `None` the one that JAX runs on, priced as the nearest known device."""
-    if target is not None:
-        return parse_target(target)
-    return Target(live_device())
-
-
-def live_device() -> Device:
-    """The profile of the device that JAX runs on: the one whose name fits, or its platform's."""
-    from fastgpu.hardware import DEVICES
-
-    kind = jax.devices()[0].device_kind.lower().replace(" ", "").replace("-", "")
-    for name, known in sorted(DEVICES.items(), key=lambda item: -len(item[0])):
-        if known.platform == "cuda" and name.replace("-", "") in kind:
-            return known
-    return DEVICES["cpu" if platform() == "cpu" else "h100"]
-
-
-def _plain(struct: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(struct.shape, struct.dtype, weak_type=struct.weak_type)
 
 
 def _require_floating(moving: Any) -> None:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastgpu.ir.analysis import aval_bytes
-from fastgpu.ir.compat import DropVar, Var, source_line
-from fastgpu.ir.fusion import Storage, is_view
+from fastgpu.ir.compat import source_line
 from fastgpu.transforms.remat import Modelled
 
 
@@ -35,10 +34,8 @@ def live_at_peak(model: Modelled) -> list[LiveValue]:
     counts: Counter[tuple[Any, ...]] = Counter()
     sizes: dict[tuple[Any, ...], int] = {}
     for index, eqn in enumerate(view.jaxpr.eqns[: peak + 1]):
-        if is_view(eqn):
-            continue
-        for v in eqn.outvars:
-            if _alive(view, v, index, peak):
+        for v in view.written_by(eqn):
+            if view.last.get(v, index) >= peak:
                 aval: Any = v.aval
                 key = eqn.primitive.name, aval.shape, str(aval.dtype), source_line(eqn)
                 counts[key] += 1
@@ -49,9 +46,3 @@ def live_at_peak(model: Modelled) -> list[LiveValue]:
         for name, shape, dtype, source in (key,)
     ]
     return sorted(values, key=lambda value: -value.bytes)
-
-
-def _alive(view: Storage, v: Var, made: int, peak: int) -> bool:
-    if isinstance(v, DropVar) or view.root[v] is not v or v not in view.stored:
-        return False
-    return view.last.get(v, made) >= peak

@@ -13,15 +13,13 @@ from fastgpu.compile.budget import (
     Attempt,
     Search,
     count_collectives,
-    parse_budget,
     show_bytes,
 )
-from fastgpu.compile.deviceless import compile_for, shape_of
-from fastgpu.compile.gradient import program_of, resolve_target
+from fastgpu.compile.deviceless import compile_for, plain_shape
 from fastgpu.compile.live import LiveValue, live_at_peak
 from fastgpu.compile.memory import MemoryReport, memory_report
 from fastgpu.errors import ConfigurationError, require
-from fastgpu.hardware import Device, Target, parse_target
+from fastgpu.hardware import Device, Target, parse_target, resolve_target
 from fastgpu.ir.analysis import aval_bytes
 from fastgpu.ir.compat import ClosedJaxpr, Var, source_line
 from fastgpu.ir.cost import equation_cost, program_cost
@@ -215,25 +213,23 @@ def plan(
     search, build, call_args = fn.search(args, target)  # pyright: ignore[reportAttributeAccessIssue]
     wanted = memory_budget if memory_budget is not None else fn.memory_budget  # pyright: ignore[reportAttributeAccessIssue]
     first = search.unconstrained
-    budget = None if wanted is None else parse_budget(wanted, lambda: first.peak)
+    budget = None if wanted is None else search.bytes_of(wanted)
     attempt = first if budget is None else search.within(budget)
-    before = modelled_whole(build(None), call_args, chosen.device)
+    before = modelled_whole(build(first.modelled.program), call_args, chosen.device)
     after = before
     if attempt is not first:
-        after = modelled_whole(build(program_of(attempt)), call_args, chosen.device)
+        after = modelled_whole(build(attempt.modelled.program), call_args, chosen.device)
     return _report(chosen, attempt, first, after, before, search, start, budget)
 
 
 def modelled_whole(fn: Callable[..., Any], args: Any, device: Device) -> Modelled:
     """The memory model's view of all of `fn(*args)`: the sharded program as if on one device."""
-    structs = jax.tree.map(shape_of, tuple(args))
-    leaves, tree = jax.tree.flatten(structs)
-    plain = [jax.ShapeDtypeStruct(s.shape, s.dtype, weak_type=s.weak_type) for s in leaves]
+    leaves, tree = jax.tree.flatten(tuple(args))
 
     def flat(*values: Any) -> list[Any]:
         return jax.tree.leaves(fn(*jax.tree.unflatten(tree, values)))
 
-    return modelled(inline_calls(jax.make_jaxpr(flat)(*plain)), device)
+    return modelled(inline_calls(jax.make_jaxpr(flat)(*map(plain_shape, leaves))), device)
 
 
 def _report(

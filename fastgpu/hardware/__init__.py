@@ -6,3 +6,4 @@ from fastgpu.hardware.devices import Geometry as Geometry
 from fastgpu.hardware.targets import Target as Target
 from fastgpu.hardware.targets import device as device
 from fastgpu.hardware.targets import parse_target as parse_target
+from fastgpu.hardware.targets import resolve_target as resolve_target

@@ -4,6 +4,8 @@ import difflib
 import re
 from dataclasses import dataclass
 
+import jax
+
 from fastgpu.errors import ConfigurationError
 from fastgpu.hardware.devices import DEVICES, Device
 
@@ -66,6 +68,26 @@ def parse_target(text: str | Device | Target) -> Target:
             got=repr(shape),
         )
     return Target(chosen, int(match[1] or 1), int(match[2]))
+
+
+def resolve_target(target: str | Device | Target | None) -> Target:
+    """The target named; for `None` what JAX runs on, as the nearest known device. Starts JAX then.
+
+    Raises `ConfigurationError` for an unknown name.
+
+    >>> resolve_target("t4").device.name
+    't4'
+    """
+    return Target(_live_device()) if target is None else parse_target(target)
+
+
+def _live_device() -> Device:
+    """The profile whose name the live device has in its own; else the platform's."""
+    kind = jax.devices()[0].device_kind.lower().replace(" ", "").replace("-", "")
+    for name, known in sorted(DEVICES.items(), key=lambda item: -len(item[0])):
+        if known.platform == "cuda" and name.replace("-", "") in kind:
+            return known
+    return DEVICES["h100" if jax.default_backend() in ("gpu", "cuda") else "cpu"]
 
 
 def device(name: str) -> Device:

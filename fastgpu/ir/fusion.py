@@ -10,6 +10,7 @@ The warning: this is a model. It ranks plans and prices them; a compiled program
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from fastgpu.hardware import Device
@@ -41,7 +42,7 @@ _CALLS = frozenset(("jit", "pjit", "closed_call", "core_call", "custom_jvp_call"
 _REDUCTIONS = frozenset(
     (
         *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"),
-        *("argmax", "argmin", "reduce_precision_p", "reduce_xor"),
+        *("argmax", "argmin", "reduce_xor"),
     )
 )
 # Too dear to be computed once for every reader.
@@ -92,6 +93,21 @@ class Storage:
     def is_stored(self, var: Var) -> bool:
         """Whether `var` has bytes of its own in memory."""
         return self.root[var] in self.stored
+
+    def written_by(self, eqn: JaxprEqn) -> list[Var]:
+        """The values whose bytes `eqn` writes to memory."""
+        return [
+            v
+            for v in eqn.outvars
+            if not isinstance(v, DropVar) and self.root[v] is v and v in self.stored
+        ]
+
+    @cached_property
+    def borders(self) -> frozenset[Var]:
+        """Inputs and outputs of the program: buffers of their own, no temporaries."""
+        jaxpr = self.jaxpr
+        atoms = (*jaxpr.constvars, *jaxpr.invars, *jaxpr.outvars)
+        return frozenset(self.root[v] for v in atoms if isinstance(v, Var))
 
 
 def storage(jaxpr: Jaxpr) -> Storage:
@@ -167,21 +183,15 @@ def temporary_bytes(view: Storage) -> list[int]:
     [1024, 2048, 1024]
     """
     jaxpr = view.jaxpr
-    outside = {view.root[v] for v in (*jaxpr.constvars, *jaxpr.invars)}
-    outside |= {view.root[v] for v in jaxpr.outvars if isinstance(v, Var)}
     ends: dict[int, list[Var]] = {}
     alive = 0
     timeline = []
     for index, eqn in enumerate(jaxpr.eqns):
         born = 0
-        for out in eqn.outvars:
-            if isinstance(out, DropVar) or view.root[out] is not out:
-                continue
-            if out in outside or out not in view.stored:
-                continue
-            size = aval_bytes(out.aval)
-            born += size
-            ends.setdefault(max(view.last.get(out, index), index), []).append(out)
+        for out in view.written_by(eqn):
+            if out not in view.borders:
+                born += aval_bytes(out.aval)
+                ends.setdefault(max(view.last.get(out, index), index), []).append(out)
         alive += born
         subs = () if is_fusible(eqn) else sub_jaxprs(eqn)
         inner = max((_inner_bytes(sub) for sub in subs), default=0)

@@ -7,6 +7,7 @@ that parameters and optimizer state exist once on the device. Keep the state it 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import jax
@@ -19,8 +20,7 @@ from fastgpu.compile import (
     Search,
     compile_for,
     options_for,
-    parse_budget,
-    program_of,
+    shape_of,
 )
 from fastgpu.errors import BatchError, FastGPUError, LossError, TraceError
 from fastgpu.hardware import Device, Target
@@ -100,21 +100,21 @@ class TrainStep:
         self._known_batches: set[tuple[Any, ...]] = set()
         self._fresh = True
         self._searches: dict[Any, tuple[Search, Callable[..., Any]]] = {}
-        self._within_budget: dict[Any, Any] = {}
-        self._unlimited = jax.jit(self._build(self._value_and_grad()), **self._donation())
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """Do one step."""
         leaves, tree = jax.tree.flatten(batch)
         if any(isinstance(leaf, Tracer) for leaf in (state.step, *leaves)):
-            return self._traced(state, batch)
+            # A compiled program with options of its own cannot be part of another one.
+            step = self._jitted if self.memory_budget is None else self._planned
+            return step(state, batch)
         if self.recompile == "error":
             self._check_batch(batch, leaves, tree)
         require_alive("state", state.step)
         if self._fresh:  # afterwards states come from a step, which makes strong types only
             state = strong(state)
         try:
-            result = self._jitted(state, batch)(state, batch)
+            result = self._jitted(state, batch)
         except ValueError:
             for name, arg in (("state", state), ("batch", batch)):
                 require_alive(name, arg)
@@ -124,14 +124,14 @@ class TrainStep:
 
     def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
         """Trace and lower for these shapes (arrays or `jax.ShapeDtypeStruct`), without running."""
-        return self._jitted(state, batch).lower(state, batch)
+        return self._jitted.lower(state, batch)
 
     def search(
         self, args: Sequence[Any], target: str | Device | Target | None
     ) -> tuple[Search, Callable[..., Callable[..., Any]], tuple[Any, ...]]:
         """What `fastgpu.plan` asks: the search for these shapes, what it compiles, and on what."""
-        state, batch = args
-        state = strong(state) if any(map(is_array, jax.tree.leaves(state))) else state
+        state, batch = jax.tree.map(shape_of, tuple(args))
+        state = jax.tree.map(lambda leaf: leaf.update(weak_type=False), state)
         target = self.target if target is None else target
         types = leaf_types((state, batch))
         key = tuple(types.items()), str(target), _shardings((state, batch))
@@ -150,49 +150,37 @@ class TrainStep:
             loss_of, state.params, (state.model_state, batch, rng), target, self.passes
         )
 
-        def build(program: ClosedJaxpr | None) -> Callable[..., Any]:
+        def build(program: ClosedJaxpr) -> Callable[..., Any]:
             def value_and_grad(params: Any, *rest: Any) -> Any:
                 return gradient.evaluate(program, params, rest)
 
             return self._build(value_and_grad)
 
-        def compiled(program: ClosedJaxpr | None) -> Any:
+        def compiled(program: ClosedJaxpr) -> Any:
             return compile_for(
                 build(program), (state, batch), target, **self._donation(), **_same_places(state)
             )
 
         return gradient.search(compiled), build
 
-    def _jitted(self, state: TrainState, batch: Any) -> Any:
-        """The compiled step for these shapes."""
+    @cached_property
+    def _jitted(self) -> Any:
         if self.memory_budget is None:
-            return self._unlimited
-        leaves, tree = jax.tree.flatten((state, batch))
-        key = tree, *((np.shape(leaf), leaf.dtype) for leaf in leaves)
-        if key not in self._within_budget:
-            search, build, _ = self.search((state, batch), None)
-            budget = parse_budget(self.memory_budget, lambda: search.unconstrained.peak)
-            self._within_budget[key] = jax.jit(
-                build(program_of(search.within(budget))),
-                compiler_options=options_for(platform()),
-                **self._donation(),
-            )
-        return self._within_budget[key]
+            return jax.jit(self._build(self._value_and_grad()), **self._donation())
+        # The plan is made while JAX traces: once for each kind of batch.
+        options = options_for(platform())
+        return jax.jit(self._planned, compiler_options=options, **self._donation())
 
-    def _traced(self, state: TrainState, batch: Any) -> Any:
-        """The step inside of another program."""
-        if self.memory_budget is None:
-            return self._unlimited(state, batch)
+    def _planned(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        assert self.memory_budget is not None
         search, build, _ = self.search((state, batch), None)
-        budget = parse_budget(self.memory_budget, lambda: search.unconstrained.peak)
-        return build(program_of(search.within(budget)))(state, batch)
+        return build(search.within(self.memory_budget).modelled.program)(state, batch)
 
     def _donation(self) -> dict[str, Any]:
         return {"donate_argnums": (0,) if self.donate else ()}
 
     def _cache_size(self) -> int:
-        jitted = [self._unlimited, *self._within_budget.values()]
-        return sum(one._cache_size() for one in jitted)
+        return self._jitted._cache_size()
 
     def _value_and_grad(self) -> Callable[..., Any]:
         loss_fn = optimize(_checked(self.loss_fn), passes=self.passes, target=self.target)
@@ -239,10 +227,7 @@ class TrainStep:
 
 
 def _shardings(tree: Any) -> tuple[Any, ...]:
-    return tuple(
-        leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None
-        for leaf in jax.tree.leaves(tree)
-    )
+    return tuple(leaf.sharding for leaf in jax.tree.leaves(tree))
 
 
 def _same_places(state: TrainState) -> dict[str, Any]:

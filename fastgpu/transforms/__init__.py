@@ -18,8 +18,8 @@ import jax
 
 from fastgpu import ir
 from fastgpu.errors import ConfigurationError
-from fastgpu.hardware import Device, Target, parse_target
-from fastgpu.ir.compat import ClosedJaxpr, platform
+from fastgpu.hardware import Device, Target, resolve_target
+from fastgpu.ir.compat import ClosedJaxpr
 from fastgpu.transforms.common_subexpressions import merge_common_subexpressions
 from fastgpu.transforms.constant_folding import fold_constants
 from fastgpu.transforms.dataflow import depthwise, max_pool, pointwise, small_spatial
@@ -114,17 +114,6 @@ def resolve_passes(passes: str | Sequence[Pass | str]) -> tuple[Pass, ...]:
                 fix="use one of these names, or give a fastgpu.transforms.Pass",
             )
     return tuple(step if isinstance(step, Pass) else by_name[step] for step in passes)
-
-
-def resolve_target(target: str | Device | Target | None) -> Device:
-    """The device that a program is for: the one named, or the one that JAX runs on now.
-
-    Raises `ConfigurationError` for an unknown name.
-    """
-    if target is None:
-        # Passes are chosen by platform: any GPU's figures will do for one that is not named.
-        target = {"cpu": "cpu", "gpu": "h100", "cuda": "h100"}.get(platform(), "cpu")
-    return parse_target(target).device
 
 
 def optimize(
@@ -227,7 +216,7 @@ class Inspection:
 def _run(
     closed: ClosedJaxpr, steps: Sequence[Pass], target: str | Device | Target | None
 ) -> tuple[ClosedJaxpr, list[PassReport]]:
-    chosen = resolve_target(target)
+    chosen = resolve_target(target).device
     in_force = [step for step in steps if chosen.platform in step.platforms]
     return run_passes(closed, in_force, Context(chosen))
 

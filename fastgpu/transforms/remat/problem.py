@@ -252,13 +252,10 @@ def _forward_base(joint: Joint, view: Storage, segment_of: Sequence[int], count:
 
 def _held(view: Storage, start: int, stop: int, last: dict[Var, int]) -> list[int]:
     """Bytes alive while each equation from `start` to `stop` runs, of values made there."""
-    jaxpr = view.jaxpr
-    outside = {view.root[v] for v in (*jaxpr.constvars, *jaxpr.invars)}
-    outside |= {view.root[v] for v in jaxpr.outvars if isinstance(v, Var)}
     alive, ends, timeline = 0, {}, []
     for index in range(start, stop):
-        for out in jaxpr.eqns[index].outvars:
-            if view.root.get(out) is out and out in view.stored and out not in outside:
+        for out in view.written_by(view.jaxpr.eqns[index]):
+            if out not in view.borders:
                 size = aval_bytes(out.aval)
                 alive += size
                 end = max(last.get(out, index), index)

@@ -59,6 +59,7 @@ class _Emitter:
         starts; otherwise XLA keeps what it is computed from instead.
         """
         problem, eqns = self.problem, self.joint.forward.eqns
+        all_packed = self._packed()
         last = {
             v: index for index, eqn in enumerate(eqns) for v in eqn.invars if isinstance(v, Var)
         }
@@ -67,7 +68,7 @@ class _Emitter:
             k = problem.segment_of[index]
             if index + 1 < len(eqns) and problem.segment_of[index + 1] == k:
                 continue
-            packed = [v for v in self._packed() if problem.segment_of[problem.producer[v]] == k]
+            packed = [v for v in all_packed if problem.segment_of[problem.producer[v]] == k]
             if not packed:
                 continue
             crossing = [

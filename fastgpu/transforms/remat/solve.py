@@ -5,7 +5,6 @@ A mixed-integer linear program in the spirit of Checkmate (Jain et al., MLSys 20
 matrix stays sparse; `scipy.optimize.milp` (HiGHS) solves it.
 """
 
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -34,7 +33,6 @@ class Decision:
     again: frozenset[int]
     seconds: float
     bound: float
-    solve_seconds: float
 
     @property
     def gap(self) -> float:
@@ -71,8 +69,8 @@ class Solver:
             self.z[index] = count + len(self.z)
 
     @cached_property
-    def rows(self) -> tuple[list[tuple[int, int, float]], list[float]]:
-        """Coefficients (row, variable, value) and right-hand sides; budgets come later."""
+    def rows(self) -> LinearConstraint:
+        """All inequalities; the budget is a variable, of which `bounds` knows the size."""
         problem = self.problem
         eqns = problem.joint.forward.eqns
         entries: list[tuple[int, int, float]] = []
@@ -123,7 +121,9 @@ class Solver:
                 row(terms, -window.base / _MIB)
         for k in range(1, problem.segments):
             row([(self.m[k - 1], 1.0), (slack, -1.0)], -problem.forward_base[k] / _MIB)
-        return entries, limits
+        matrix: Any = _sparse(entries, len(limits), self.size)
+        below: Any = np.array(limits)
+        return LinearConstraint(matrix, -np.inf, below)
 
     def bounds(self, budget: float) -> tuple[np.ndarray, np.ndarray]:
         """0 <= x, z <= 1; small values are kept, equations with effects never run again."""
@@ -165,7 +165,6 @@ class Solver:
 
     def solve(self, budget: float, time_limit: float = 5.0) -> Decision | None:
         """The cheapest decision whose temporaries fit `budget` bytes, to half a percent."""
-        start = time.perf_counter()
         problem = self.problem
         integrality = np.ones(self.size)
         integrality[self.decided :] = 0
@@ -183,7 +182,6 @@ class Solver:
             again,
             float(result.fun) * 1e-6,
             max(0.0, float(bound)) * 1e-6,
-            time.perf_counter() - start,
         )
 
     def _minimize(
@@ -193,15 +191,12 @@ class Solver:
         integrality: np.ndarray | None = None,
         options: dict[str, Any] | None = None,
     ) -> Any:
-        entries, limits = self.rows
         lower, upper = self.bounds(budget)
-        rows: Any = _sparse(entries, len(limits), self.size)
-        below: Any = np.array(limits)
         return milp(
             cost,
             integrality=integrality,
             bounds=Bounds(lower, upper),  # pyright: ignore[reportArgumentType]
-            constraints=LinearConstraint(rows, -np.inf, below),
+            constraints=self.rows,
             options=options,
         )
 

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from fastgpu.ir.analysis import aval_bytes
+from fastgpu.ir.analysis import device_bytes
 from fastgpu.ir.compat import source_line
 from fastgpu.transforms.remat import Modelled
 
@@ -39,7 +39,7 @@ def live_at_peak(model: Modelled) -> list[LiveValue]:
                 aval: Any = v.aval
                 key = eqn.primitive.name, aval.shape, str(aval.dtype), source_line(eqn)
                 counts[key] += 1
-                sizes[key] = aval_bytes(aval)
+                sizes[key] = device_bytes(aval)
     values = [
         LiveValue(name, shape, dtype, source, sizes[key] * count, count)
         for key, count in counts.items()

@@ -10,6 +10,7 @@ from fastgpu.ir.compat import (
     Jaxpr,
     JaxprEqn,
     Var,
+    on_host,
     sub_jaxprs,
 )
 
@@ -39,6 +40,11 @@ def aval_bytes(aval: AbstractValue) -> int:
     if shape is None or dtype is None:
         return 0
     return math.prod(shape) * dtype.itemsize
+
+
+def device_bytes(aval: AbstractValue) -> int:
+    """`aval_bytes`, and 0 for a value in the host's memory."""
+    return 0 if on_host(aval) else aval_bytes(aval)
 
 
 def uses(jaxpr: Jaxpr) -> Counter[Var]:

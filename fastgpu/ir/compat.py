@@ -44,6 +44,7 @@ __all__ = [
     "is_zero",
     "jaxpr_as_fun",
     "map_sub_jaxprs",
+    "on_host",
     "platform",
     "scope",
     "source_line",
@@ -67,6 +68,11 @@ _PROGRAM_PARAMS = {
     "custom_vjp_call_jaxpr": ("call_jaxpr",),
     "shard_map": ("jaxpr",),
 }
+
+
+def on_host(aval: AbstractValue) -> bool:
+    """Whether a value of this type lies in the host's memory, not in the device's."""
+    return getattr(aval, "memory_space", None) == jax.memory.Space.Host
 
 
 def sub_jaxprs(eqn: JaxprEqn) -> list[Jaxpr]:

@@ -14,8 +14,8 @@ from functools import cached_property
 from typing import Any
 
 from fastgpu.hardware import Device
-from fastgpu.ir.analysis import aval_bytes
-from fastgpu.ir.compat import DropVar, Jaxpr, JaxprEqn, Var, sub_jaxprs
+from fastgpu.ir.analysis import aval_bytes, device_bytes
+from fastgpu.ir.compat import DropVar, Jaxpr, JaxprEqn, Var, on_host, sub_jaxprs
 from fastgpu.ir.cost import equation_cost
 from fastgpu.ir.lowered import stands_for
 
@@ -68,6 +68,17 @@ def is_fusible(eqn: JaxprEqn) -> bool:
 def is_view(eqn: JaxprEqn) -> bool:
     """Whether `eqn` only renames bytes."""
     return eqn.primitive.name in _VIEWS
+
+
+def is_in_place(eqn: JaxprEqn, platform: str) -> bool:
+    """Whether the kernel of `eqn` writes over an input that it is the last to read.
+
+    Elementwise kernels do on a CPU. On a GPU they hardly ever do: their inputs come from library
+    calls, which give out a tuple with a workspace.
+    """
+    if eqn.primitive.name.startswith(_IN_PLACE):
+        return True
+    return platform == "cpu" and is_fusible(eqn)
 
 
 def is_dear(eqn: JaxprEqn) -> bool:
@@ -172,14 +183,14 @@ def _stored_behind(
     return frozenset(found)
 
 
-def temporary_bytes(view: Storage) -> list[int]:
-    """Bytes of temporaries alive while each equation runs, in program order.
+def temporary_bytes(view: Storage, platform: str) -> list[int]:
+    """Bytes of temporaries alive while each equation runs on `platform`, in program order.
 
     Inputs and outputs are not counted: they are buffers of their own.
 
     >>> import jax, jax.numpy as jnp
     >>> fn = lambda x: jnp.sum(jnp.dot(jnp.sin(x), x))
-    >>> temporary_bytes(storage(jax.make_jaxpr(fn)(jnp.ones((16, 16))).jaxpr))
+    >>> temporary_bytes(storage(jax.make_jaxpr(fn)(jnp.ones((16, 16))).jaxpr), "cpu")
     [1024, 2048, 1024]
     """
     jaxpr = view.jaxpr
@@ -190,24 +201,22 @@ def temporary_bytes(view: Storage) -> list[int]:
         born = 0
         for out in view.written_by(eqn):
             if out not in view.borders:
-                born += aval_bytes(out.aval)
+                born += device_bytes(out.aval)
                 ends.setdefault(max(view.last.get(out, index), index), []).append(out)
         alive += born
         subs = () if is_fusible(eqn) else sub_jaxprs(eqn)
-        inner = max((_inner_bytes(sub) for sub in subs), default=0)
-        dying = sum(aval_bytes(v.aval) for v in ends.pop(index, ()))
-        # Such a kernel writes over an input that it is the last to read.
-        reuses = is_fusible(eqn) or eqn.primitive.name.startswith(_IN_PLACE)
-        reused = min(born, dying) if reuses else 0
+        inner = max((_inner_bytes(sub, platform) for sub in subs), default=0)
+        dying = sum(device_bytes(v.aval) for v in ends.pop(index, ()))
+        reused = min(born, dying) if is_in_place(eqn, platform) else 0
         timeline.append(alive + inner - reused)
         alive -= dying
     return timeline
 
 
-def _inner_bytes(jaxpr: Jaxpr) -> int:
+def _inner_bytes(jaxpr: Jaxpr, platform: str) -> int:
     view = storage(jaxpr)
     carried = sum(aval_bytes(v.aval) for v in jaxpr.outvars if isinstance(v, Var))
-    return max(temporary_bytes(view), default=0) + min(
+    return max(temporary_bytes(view, platform), default=0) + min(
         carried, sum(aval_bytes(v.aval) for v in jaxpr.invars)
     )
 
@@ -227,11 +236,38 @@ def kernel_seconds(view: Storage, device: Device) -> list[float]:
     return [equation_seconds(view, eqn, device) for eqn in view.jaxpr.eqns]
 
 
+def program_seconds(view: Storage, device: Device) -> float:
+    """Roofline seconds of the whole program: `kernel_seconds`, and waiting for the host's link.
+
+    Copies to the host's memory and back run beside the kernels, one in each direction at a time,
+    and cost them traffic; a program waits where it reads what has not arrived.
+    """
+    now, free, arrival = 0.0, {True: 0.0, False: 0.0}, {}
+    for eqn, seconds in zip(view.jaxpr.eqns, kernel_seconds(view, device), strict=True):
+        now = max([now, *(arrival.get(v, 0.0) for v in eqn.invars if isinstance(v, Var))])
+        if is_host_copy(eqn):
+            upload = on_host(eqn.outvars[0].aval)
+            start = max(now, free[upload])
+            free[upload] = start + aval_bytes(eqn.outvars[0].aval) / device.host_link
+            arrival[eqn.outvars[0]] = free[upload]
+        now += seconds
+    return max([now, *free.values()])
+
+
+def is_host_copy(eqn: JaxprEqn) -> bool:
+    """Whether `eqn` moves a value between the device's memory and the host's."""
+    return eqn.primitive.name == "device_put" and on_host(eqn.invars[0].aval) != on_host(
+        eqn.outvars[0].aval
+    )
+
+
 def equation_seconds(view: Storage, eqn: JaxprEqn, device: Device) -> float:
     """The entry of `kernel_seconds` for one equation of `view.jaxpr`."""
     name, _ = stands_for(eqn)
     if is_view(eqn) or name == _BARRIER:
         return 0.0
+    if is_host_copy(eqn):
+        return aval_bytes(eqn.outvars[0].aval) / device.bandwidth
     fusible = is_fusible(eqn)
     if fusible and not any(view.root[v] in view.stored for v in eqn.outvars):
         return 0.0

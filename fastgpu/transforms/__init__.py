@@ -4,7 +4,7 @@
 pass did. To change it, hand `passes=` another list of passes or names:
 
 >>> [step.name for step in DEFAULT_PASSES]
-['inline', 'cse', 'fold', 'pointwise', 'depthwise', 'max_pool', 'small_spatial', 'dce']
+['inline', 'cse', 'fold', 'pointwise', 'depthwise', 'max_pool', 'small_spatial', 'row_pick', 'dce']
 >>> len(without("cse")) == len(DEFAULT_PASSES) - 1
 True
 """
@@ -22,7 +22,7 @@ from fastgpu.hardware import Device, Target, resolve_target
 from fastgpu.ir.compat import ClosedJaxpr
 from fastgpu.transforms.common_subexpressions import merge_common_subexpressions
 from fastgpu.transforms.constant_folding import fold_constants
-from fastgpu.transforms.dataflow import depthwise, max_pool, pointwise, small_spatial
+from fastgpu.transforms.dataflow import depthwise, max_pool, pointwise, row_pick, small_spatial
 from fastgpu.transforms.dead_code import remove_dead_code
 from fastgpu.transforms.inline import inline_calls
 from fastgpu.transforms.pipeline import Context, Pass, PassReport, run_passes
@@ -78,6 +78,13 @@ DEFAULT_PASSES: tuple[Pass, ...] = (
         _lowering(small_spatial.CHOOSER),
         "a wide convolution over few positions is a matrix product of its windows",
         platforms=("cpu",),
+    ),
+    Pass(
+        "row_pick",
+        "forward",
+        lambda closed, context: ir.rewrite(closed, {"gather": row_pick.rule}),
+        "a label's logit by comparison: its gradient scatters into no second array of logits",
+        platforms=("cuda",),
     ),
     Pass("dce", "forward", _plain(remove_dead_code), "what nobody reads is not computed"),
 )

@@ -18,7 +18,7 @@ def test_uses_count_every_reader():
 
 
 def temporaries(fn, *args):
-    return ir.temporary_bytes(ir.storage(jaxpr_of(fn, *args)))
+    return ir.temporary_bytes(ir.storage(jaxpr_of(fn, *args)), "cpu")
 
 
 def test_a_stored_value_counts_until_its_last_reader_and_a_fused_one_never():

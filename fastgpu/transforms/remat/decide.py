@@ -9,10 +9,11 @@ from typing import Any
 
 from fastgpu.hardware import Device
 from fastgpu.ir.compat import ClosedJaxpr
-from fastgpu.ir.fusion import Storage, kernel_seconds, storage, temporary_bytes
+from fastgpu.ir.fusion import Storage, program_seconds, storage, temporary_bytes
 from fastgpu.transforms.remat.joint import Joint, flat_program
 from fastgpu.transforms.remat.problem import Cut, pose
 from fastgpu.transforms.remat.rewrite import rematerialized
+from fastgpu.transforms.remat.shelves import Shelf
 from fastgpu.transforms.remat.solve import Decision, Solver
 
 # Segments that are tried first, as parts of the peak: few segments need much memory at once, many
@@ -56,8 +57,8 @@ class Modelled:
 def modelled(program: ClosedJaxpr, device: Device, decision: Decision | None = None) -> Modelled:
     """Run the model on a program."""
     view = storage(program.jaxpr)
-    seconds = sum(kernel_seconds(view, device))
-    return Modelled(program, view, temporary_bytes(view), seconds, decision)
+    seconds = program_seconds(view, device)
+    return Modelled(program, view, temporary_bytes(view, device.platform), seconds, decision)
 
 
 class Planner:
@@ -72,12 +73,12 @@ class Planner:
     ...     return [jnp.sum(x)], []
     >>> w, x = jnp.ones((64, 64)), jnp.ones((4096, 64))
     >>> planner = Planner(trace_joint(deep, [w], [x]), device("h100"))
-    >>> planner.unconstrained.peak > planner.decide(planner.unconstrained.peak // 2).peak
+    >>> planner.unconstrained.peak > planner.decide(0.6 * planner.unconstrained.peak).peak
     True
     """
 
-    def __init__(self, joint: Joint, device: Device) -> None:
-        self.joint, self.device = joint, device
+    def __init__(self, joint: Joint, device: Device, shelves: tuple[Shelf, ...] = ()) -> None:
+        self.joint, self.device, self.shelves = joint, device, shelves
         self.unconstrained = modelled(flat_program(joint), device)
         self._solvers: dict[Cut, Solver] = {}
         self._by_segments: dict[Any, Solver] = {}
@@ -142,7 +143,7 @@ class Planner:
 
     def _solver(self, cut: Cut) -> Solver:
         if cut not in self._solvers:
-            problem = pose(self.joint, self.unconstrained.view, self.device, cut)
+            problem = pose(self.joint, self.unconstrained.view, self.device, cut, self.shelves)
             key = tuple(problem.segment_of), cut.in_order
             self._solvers[cut] = self._by_segments.setdefault(key, Solver(problem))
         return self._solvers[cut]

@@ -5,6 +5,7 @@ segments from last to first; what a segment did not keep is computed again when 
 reaches it, from what it and the segments before it kept.
 """
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +18,17 @@ from fastgpu.ir.fusion import (
     equation_seconds,
     is_dear,
     is_fusible,
+    is_in_place,
     is_view,
     storage,
 )
 from fastgpu.transforms.remat.joint import Joint, flat_program
+from fastgpu.transforms.remat.shelves import Shelf
 
+# The part of the time in which copies to and from the host are taken to hide.
+_HIDDEN = 0.9
+# Segments that a copy from the host may set out ahead.
+_MOST_AHEAD = 6
 # Stretches of the backward half of one segment that are told apart.
 _WINDOWS = 12
 
@@ -58,7 +65,10 @@ class Problem:
     again. `windows[k]` says what else is alive while the backward half is in segment k: cotangents
     and gradients. `stored` are the forward values that take memory when they are computed again,
     `free` those that cost nothing, `needed` what the residuals are computed from. Values of at
-    most `small` bytes are kept: deciding about them costs more than they do.
+    most `small` bytes are kept: deciding about them costs more than they do. `movable` says on
+    which shelves a value may wait; `forward_seconds` and `backward_seconds` how long each segment
+    takes; `ahead[k]` how many segments before segment k its copies from the host set out, so that
+    the largest of them can hide.
     """
 
     joint: Joint
@@ -75,17 +85,27 @@ class Problem:
     needed: frozenset[Var]
     free: frozenset[Var]
     small: float
+    movable: dict[Var, tuple[Shelf, ...]]
+    forward_seconds: list[float]
+    backward_seconds: list[float]
+    ahead: list[int]
 
     def last_read(self, var: Var) -> int:
         """The last equation of the joint program that reads `var`, fused readers included."""
         return self.view.last.get(self.view.root[var], -1)
+
+    def hidden_bytes(self, seconds: float) -> float:
+        """Bytes that the link to the host moves beside that many seconds of kernels."""
+        return _HIDDEN * seconds * self.device.host_link
 
     def may_recompute(self, index: int) -> bool:
         """Whether forward equation `index` may run twice: one with effects may not."""
         return not self.joint.forward.eqns[index].effects
 
 
-def pose(joint: Joint, view: Storage, device: Device, cut: Cut) -> Problem:
+def pose(
+    joint: Joint, view: Storage, device: Device, cut: Cut, shelves: tuple[Shelf, ...] = ()
+) -> Problem:
     """Cut and price `joint`, of whose flat program `view` is the storage."""
     forward, small = joint.forward, cut.small_bytes
     producer = {v: i for i, eqn in enumerate(forward.eqns) for v in eqn.outvars}
@@ -98,22 +118,71 @@ def pose(joint: Joint, view: Storage, device: Device, cut: Cut) -> Problem:
     seconds = [equation_seconds(view, eqn, device) for eqn in forward.eqns]
     stored = frozenset(v for v in producer if view.is_stored(v))
     free = _free(joint, stored, small)
+    needed = _needed(joint, residuals - free, producer, free)
+    decided = {v: i for v, i in producer.items() if v not in free and aval_bytes(v.aval) > small}
+    spans = _backward_spans(joint, view, segment_of, decided, count)
+    forward_seconds = [0.0] * max(count, 1)
+    for index, price in enumerate(seconds):
+        forward_seconds[segment_of[index]] += price
+    eqns = view.jaxpr.eqns
+    backward_seconds = [
+        sum(equation_seconds(view, eqns[i], device) for i in span) for span in spans
+    ]
+    movable = _movable(needed & stored, view, small, shelves)
     return Problem(
         joint,
         device,
         segment_of,
         count,
         seconds,
-        _windows(joint, view, segment_of, producer, count),
-        _forward_base(joint, view, segment_of, count),
+        _windows(joint, view, spans, device.platform),
+        _forward_base(joint, view, segment_of, count, device.platform),
         stored,
         residuals - free,
         producer,
         view,
-        _needed(joint, residuals - free, producer, free),
+        needed,
         free,
         small,
+        movable,
+        forward_seconds,
+        backward_seconds,
+        _ahead(movable, segment_of, producer, backward_seconds, device),
     )
+
+
+def _ahead(
+    movable: dict[Var, tuple[Shelf, ...]],
+    segment_of: Sequence[int],
+    producer: dict[Var, int],
+    seconds: Sequence[float],
+    device: Device,
+) -> list[int]:
+    largest = [0] * len(seconds)
+    for v, shelves in movable.items():
+        if any(shelf.host for shelf in shelves):
+            k = segment_of[producer[v]]
+            largest[k] = max(largest[k], aval_bytes(v.aval))
+    ahead = []
+    for k, size in enumerate(largest):
+        most = max(1, min(_MOST_AHEAD, len(seconds) - 1 - k))
+        reach = itertools.accumulate(_HIDDEN * t * device.host_link for t in seconds[k + 1 :])
+        enough = next((i + 1 for i, moved in enumerate(reach) if moved >= size), most)
+        ahead.append(min(most, enough))
+    return ahead
+
+
+def _movable(
+    values: frozenset[Var], view: Storage, small: float, shelves: tuple[Shelf, ...]
+) -> dict[Var, tuple[Shelf, ...]]:
+    """For values with bytes of their own, the shelves that take them."""
+    movable = {}
+    for v in values:
+        if view.root[v] is v and aval_bytes(v.aval) > small:
+            taken = tuple(shelf for shelf in shelves if shelf.takes(v.aval))
+            if taken:
+                movable[v] = taken
+    return movable
 
 
 def _segment_by_segment(
@@ -160,20 +229,24 @@ def _segments(
             gathered[index] += aval_bytes(v.aval)
     whole = sum(gathered) or 1
     done = list(itertools.accumulate(gathered, initial=0))
+    outstanding = 4 * whole / max(1, sum(size > 0 for size in gathered))
     cuts: list[int] = []
-    position, total = 0, 0
-    cheapest: int | None = None
-    while position < len(eqns):
-        total += gathered[position]
+    start = 0
+    for position in range(len(eqns)):
         size = cut.segment_bytes * (1 + cut.taper * (1 - 2 * done[position] / whole))
-        if total >= size / 2:
-            if cheapest is None or crossing[position] <= crossing[cheapest]:
-                cheapest = position
-            if total >= 1.5 * size:
-                cuts.append(cheapest + 1)
-                position, total, cheapest = cheapest + 1, 0, None
-                continue
-        position += 1
+        before, total = done[position] - done[start], done[position + 1] - done[start]
+        # A value that stands out starts a segment, with what little goes before it: nothing else
+        # is computed again beside it.
+        great = gathered[position] >= max(size / 2, outstanding) and before >= size / 4
+        if great:
+            first = bisect.bisect_left(done, done[position] - size / 4)
+            least = min(crossing[first - 1 : position])
+            nearly = (p for p in range(first, position + 1) if crossing[p - 1] <= 1.02 * least)
+            cuts.append(next(nearly))
+        elif total >= 1.5 * size:
+            first = bisect.bisect_left(done, done[start] + size / 2)
+            cuts.append(min(range(first, position + 2), key=lambda p: (crossing[p - 1], -p)))
+        start = cuts[-1] if cuts else 0
     labels, label = [], 0
     for index in range(len(eqns)):
         if label < len(cuts) and index == cuts[label]:
@@ -208,16 +281,14 @@ def _crossing_bytes(joint: Joint, view: Storage) -> list[int]:
     return crossing
 
 
-def _windows(
+def _backward_spans(
     joint: Joint, view: Storage, segment_of: Sequence[int], producer: dict[Var, int], count: int
-) -> list[list[Window]]:
-    """For each segment, stretches of its backward half and what they hold of their own."""
+) -> list[list[int]]:
+    """For each segment, the equations of its backward half."""
     whole = view.jaxpr
-    boundary = len(joint.forward.eqns)
-    held = _held(view, boundary, len(whole.eqns), view.last)
     spans: list[list[int]] = [[] for _ in range(max(count, 1))]
     current = max(count - 1, 0)
-    for index in range(boundary, len(whole.eqns)):
+    for index in range(len(joint.forward.eqns), len(whole.eqns)):
         reads = [
             segment_of[producer[v]]
             for v in whole.eqns[index].invars
@@ -226,6 +297,15 @@ def _windows(
         if reads:
             current = min(current, max(reads))
         spans[current].append(index)
+    return spans
+
+
+def _windows(
+    joint: Joint, view: Storage, spans: list[list[int]], platform: str
+) -> list[list[Window]]:
+    """For each segment, stretches of its backward half and what they hold of their own."""
+    boundary = len(joint.forward.eqns)
+    held = _held(view, boundary, len(view.jaxpr.eqns), view.last, platform)
     windows = []
     for span in spans:
         size = max(1, -(-len(span) // _WINDOWS))
@@ -236,7 +316,9 @@ def _windows(
     return windows
 
 
-def _forward_base(joint: Joint, view: Storage, segment_of: Sequence[int], count: int) -> list[int]:
+def _forward_base(
+    joint: Joint, view: Storage, segment_of: Sequence[int], count: int, platform: str
+) -> list[int]:
     """Peak bytes of what the forward half holds for itself in each segment."""
     last: dict[Var, int] = {}
     for index, eqn in enumerate(joint.forward.eqns):
@@ -245,23 +327,26 @@ def _forward_base(joint: Joint, view: Storage, segment_of: Sequence[int], count:
             if isinstance(v, Var) and not fused:
                 last[view.root[v]] = index
     base = [0] * max(count, 1)
-    for index, held in enumerate(_held(view, 0, len(joint.forward.eqns), last)):
+    for index, held in enumerate(_held(view, 0, len(joint.forward.eqns), last, platform)):
         base[segment_of[index]] = max(base[segment_of[index]], held)
     return base
 
 
-def _held(view: Storage, start: int, stop: int, last: dict[Var, int]) -> list[int]:
+def _held(view: Storage, start: int, stop: int, last: dict[Var, int], platform: str) -> list[int]:
     """Bytes alive while each equation from `start` to `stop` runs, of values made there."""
     alive, ends, timeline = 0, {}, []
     for index in range(start, stop):
-        for out in view.written_by(view.jaxpr.eqns[index]):
+        eqn, born = view.jaxpr.eqns[index], 0
+        for out in view.written_by(eqn):
             if out not in view.borders:
                 size = aval_bytes(out.aval)
-                alive += size
+                born += size
                 end = max(last.get(out, index), index)
                 ends[end] = ends.get(end, 0) + size
-        timeline.append(alive)
-        alive -= ends.pop(index, 0)
+        alive += born
+        dying = ends.pop(index, 0)
+        timeline.append(alive - (min(born, dying) if is_in_place(eqn, platform) else 0))
+        alive -= dying
     return timeline
 
 

@@ -4,17 +4,23 @@ When the backward half first needs something of a segment that was not kept, one
 `optimization_barrier` takes everything that the recomputation reads and every cotangent on its way
 down. Without the cotangents XLA would recompute early and gain nothing; without the barrier it
 would find the first computation and keep that (jax issue 19822).
+
+What waits on a shelf is put there behind its segment; the forward half goes on when it is packed,
+or has a barrier behind the segment in which it arrives in the host's memory. It comes back with the
+barrier of the segment that reads it; from the host it sets out some barriers earlier, so that the
+copy can hide behind what is done between.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 from jax import lax
 
 from fastgpu.ir.analysis import aval_bytes
-from fastgpu.ir.compat import ClosedJaxpr, JaxprEqn, Literal, Var
+from fastgpu.ir.compat import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from fastgpu.ir.fusion import is_fusible
 from fastgpu.transforms.remat.joint import Joint, joined
 from fastgpu.transforms.remat.solve import Decision
 
@@ -39,11 +45,20 @@ class _Emitter:
             zip(self.joint.backward_residuals, self.joint.residuals, strict=True)
         )
         self.again: dict[Var, Var] = {}
-        self.opened: set[int] = set()
+        # What lies on shelves, what of it is on its way to a segment, what no barrier holds yet.
+        self.waiting: dict[Var, list[Var]] = {}
+        self.arriving: dict[int, dict[Var, Var]] = {}
+        self.unfenced: list[Var] = []
         self.last = self._last_uses()
         backward = self.joint.backward
         self.cotangents = set(backward.invars[: self.joint.cotangents])
         self.made_by = {v: i for i, eqn in enumerate(backward.eqns) for v in eqn.outvars}
+        self.finished: list[Var] = []
+        self.opens_at = self._openings()
+        order = [k for ks in self.opens_at.values() for k in ks]
+        self.departures = self._departures(order)
+        self.free_at = 0.0
+        self.arrives: dict[Var, float] = {}
 
     def run(self) -> ClosedJaxpr:
         self._forward()
@@ -53,13 +68,13 @@ class _Emitter:
         return joined(self.joint, self.eqns, outvars)
 
     def _forward(self) -> None:
-        """The forward half, with a fence behind each segment that keeps fused values.
+        """The forward half, with a fence behind each segment that keeps or puts something away.
 
-        A kept value that no kernel would write by itself is computed before the next segment
-        starts; otherwise XLA keeps what it is computed from instead.
+        A kept value that a kernel could compute for its reader is written before the next segment
+        starts; otherwise XLA may keep what it is computed from instead.
         """
         problem, eqns = self.problem, self.joint.forward.eqns
-        all_packed = self._packed()
+        sunk, now = self._sunk(), 0.0
         last = {
             v: index for index, eqn in enumerate(eqns) for v in eqn.invars if isinstance(v, Var)
         }
@@ -68,9 +83,11 @@ class _Emitter:
             k = problem.segment_of[index]
             if index + 1 < len(eqns) and problem.segment_of[index + 1] == k:
                 continue
-            packed = [v for v in all_packed if problem.segment_of[problem.producer[v]] == k]
-            if not packed:
-                continue
+            now += problem.forward_seconds[k]
+            leaving = [v for v in self.unfenced if self.arrives[v] <= now]
+            self.unfenced = [v for v in self.unfenced if v not in leaving]
+            shelved = self._put_away(k, now)
+            kept = [v for v in sunk if problem.segment_of[problem.producer[v]] == k]
             crossing = [
                 v
                 for v, end in last.items()
@@ -78,20 +95,42 @@ class _Emitter:
                 and problem.producer.get(v, len(eqns)) <= index
                 and problem.segment_of[problem.producer[v]] == k
                 and v in problem.stored
-                and v not in packed
+                and v not in kept
                 and aval_bytes(v.aval) > problem.small
             ]
-            fenced = [*packed, *crossing]
-            fresh = self._barrier([self._read(v) for v in fenced])
-            self.fenced.update(zip(fenced, fresh, strict=True))
+            if not crossing and not kept:
+                self.unfenced = [*leaving, *shelved, *self.unfenced]
+            elif kept or leaving or shelved:
+                self._fence([*kept, *crossing], [*leaving, *shelved])
 
-    def _packed(self) -> list[Var]:
-        """Kept values that XLA would rather fuse into their readers."""
-        problem = self.problem
+    def _put_away(self, k: int, now: float) -> list[Var]:
+        """Put values of segment `k` on their shelves; those that are packed there."""
+        packed = []
+        for v, shelf in self.decision.shelved.items():
+            if self.problem.segment_of[self.problem.producer[v]] == k:
+                put, _ = shelf.programs(v.aval)
+                self.waiting[v] = self._inline(put, [self._read(v)])
+                (self.unfenced if shelf.host else packed).append(v)
+                if shelf.host:
+                    seconds = aval_bytes(v.aval) / self.problem.device.host_link
+                    self.free_at = self.arrives[v] = max(now, self.free_at) + seconds
+        return packed
+
+    def _fence(self, values: list[Var], shelved: list[Var]) -> None:
+        """One barrier over forward `values` and what `shelved` are on their shelves."""
+        waiting = [name for v in shelved for name in self.waiting[v]]
+        fresh = iter(self._barrier([*map(self._read, values), *waiting]))
+        self.fenced.update((v, next(fresh)) for v in values)
+        for v in shelved:
+            self.waiting[v] = [next(fresh) for _ in self.waiting[v]]
+
+    def _sunk(self) -> list[Var]:
+        """Kept values that XLA may leave to their readers, keeping what they are made from."""
+        problem, eqns = self.problem, self.joint.forward.eqns
         return [
             v
             for v in self.decision.saved
-            if v not in problem.stored and aval_bytes(v.aval) > problem.small
+            if aval_bytes(v.aval) > problem.small and is_fusible(eqns[problem.producer[v]])
         ]
 
     def _last_uses(self) -> dict[Var, int]:
@@ -105,19 +144,49 @@ class _Emitter:
 
     def _backward(self) -> None:
         backward = self.joint.backward
+        outputs = {v for v in backward.outvars if isinstance(v, Var)}
         alive: dict[Var, int] = {}
         for v in backward.invars[: self.joint.cotangents]:
             if v in self.last:
                 alive[v] = self.last[v]
         for index, eqn in enumerate(backward.eqns):
-            for k in sorted(self._segments_needed(eqn), reverse=True):
+            for k in self.opens_at.get(index, ()):
                 self._open(k, [v for v, end in alive.items() if end >= index])
             self.eqns.append(eqn.replace(invars=[self._read(v) for v in eqn.invars]))
             for v in eqn.outvars:
                 if self.last.get(v, -1) > index:
                     alive[v] = self.last[v]
+                elif v in outputs:
+                    self.finished.append(v)
             for v in [v for v, end in alive.items() if end <= index]:
                 del alive[v]
+
+    def _openings(self) -> dict[int, list[int]]:
+        """The segments to be computed again or fetched before each backward equation."""
+        problem, saved = self.problem, self.decision.saved
+        opened: set[int] = set()
+        opens_at = {}
+        for index, eqn in enumerate(self.joint.backward.eqns):
+            residuals = [self.names.get(v) for v in eqn.invars if isinstance(v, Var)]
+            needed = {
+                problem.segment_of[problem.producer[v]]
+                for v in residuals
+                if isinstance(v, Var) and v in problem.residuals and v not in saved
+            } - opened
+            opened |= needed
+            dear = [k for k in needed if self._restored(k) or self._costs(k)]
+            # What costs nothing to compute again is left to the compiler, which finds it kept.
+            if dear:
+                opens_at[index] = sorted(dear, reverse=True)
+        return opens_at
+
+    def _costs(self, k: int) -> bool:
+        return any(self.problem.seconds[index] > 0 for index in self._wanted(k))
+
+    def _restored(self, k: int) -> list[Var]:
+        """Values that come back from their shelves for segment `k`, in order."""
+        found = [v for v, place in self.decision.restored if place == k]
+        return sorted(found, key=lambda v: self.problem.producer[v])
 
     def _read(self, atom: Any) -> Any:
         """What `atom`, of either half, is called by now."""
@@ -128,28 +197,14 @@ class _Emitter:
             return name
         return self.again.get(name, self.fenced.get(name, name))
 
-    def _segments_needed(self, eqn: JaxprEqn) -> set[int]:
-        """Segments, not opened yet, of what `eqn` reads and was not kept."""
-        needed = set()
-        for atom in eqn.invars:
-            v = self.names.get(atom) if isinstance(atom, Var) else None
-            if isinstance(v, Var) and v in self.problem.residuals:
-                index = self.problem.producer[v]
-                k = self.problem.segment_of[index]
-                if k not in self.opened and v not in self.decision.saved:
-                    needed.add(k)
-        return needed
-
     def _open(self, k: int, cotangents: Iterable[Var]) -> None:
-        """Compute segment `k` again, as far as the decision says."""
-        self.opened.add(k)
-        problem = self.problem
-        forward = self.joint.forward
+        """Compute segment `k` again, as far as the decision says, and fetch for the next one."""
+        problem, forward = self.problem, self.joint.forward
         indexes = self._wanted(k)
-        # What costs nothing to compute again is left to the compiler, which finds it kept.
-        if not any(problem.seconds[index] > 0 for index in indexes):
-            return
-        made: set[Var] = set()
+        restored = self._restored(k)
+        arrived = self.arriving.pop(k, {})
+        ahead = self.departures.get(k, [])
+        made: set[Var] = set(restored)
         inputs: dict[Var, None] = {}
         for index in indexes:
             for v in forward.eqns[index].invars:
@@ -157,13 +212,32 @@ class _Emitter:
                     inputs[v] = None
             made.update(forward.eqns[index].outvars)
         # Scalars gain nothing from a barrier; what is free is fused.
-        through = [v for v in inputs if aval_bytes(v.aval) > 64 and v not in self.problem.free]
+        through = [v for v in inputs if aval_bytes(v.aval) > 64 and v not in problem.free]
         moving, fused = self._stored_cotangents([v for v in cotangents if aval_bytes(v.aval) > 64])
-        current = [self._read(v) for v in moving]
-        fresh = self._barrier([*(self._read(v) for v in through), *current])
-        local: dict[Var, Any] = dict(zip(through, fresh[: len(through)], strict=True))
-        for v, new in zip(moving, fresh[len(through) :], strict=True):
-            self.names[v] = new
+        shelves = [v for v in restored if v not in arrived] + [v for v, _ in ahead]
+        shelves = list(dict.fromkeys((*shelves, *self.unfenced)))
+        # Unless held here, gradients are finished when all copies are under way.
+        finished = [v for v in self.finished if v not in moving] if self.decision.shelved else []
+        self.unfenced, self.finished = [], []
+        fresh = iter(
+            self._barrier(
+                [
+                    *map(self._read, through),
+                    *map(self._read, moving),
+                    *map(self._read, finished),
+                    *arrived.values(),
+                    *(name for v in shelves for name in self.waiting[v]),
+                ]
+            )
+        )
+        local: dict[Var, Any] = {v: next(fresh) for v in through}
+        self.names.update((v, next(fresh)) for v in (*moving, *finished))
+        local.update((v, next(fresh)) for v in arrived)
+        for v in shelves:
+            self.waiting[v] = [next(fresh) for _ in self.waiting[v]]
+        local.update((v, self._restore(v)) for v in restored if v not in arrived)
+        for v, place in ahead:
+            self.arriving.setdefault(place, {})[v] = self._restore(v)
         for index in fused:
             eqn = self.joint.backward.eqns[index]
             outvars = [Var(v.aval) for v in eqn.outvars]
@@ -179,9 +253,34 @@ class _Emitter:
             ]
             self.eqns.append(eqn.replace(invars=invars, outvars=outvars))
             local.update(zip(eqn.outvars, outvars, strict=True))
-            for v, new in zip(eqn.outvars, outvars, strict=True):
-                if v not in self.decision.saved:
-                    self.again[v] = new
+        own = {v for v in restored if problem.segment_of[problem.producer[v]] == k}
+        computed = {v for index in indexes for v in forward.eqns[index].outvars}
+        self.again.update((v, local[v]) for v in own | computed if v not in self.decision.saved)
+
+    def _departures(self, order: list[int]) -> dict[int, list[tuple[Var, int]]]:
+        """For each barrier, the values that set out there from the host, each for a later one."""
+        departures: dict[int, list[tuple[Var, int]]] = {}
+        for index, k in enumerate(order):
+            earliest = k + self.problem.ahead[k]
+            start = next((other for other in order[:index] if other <= earliest), None)
+            if start is not None:
+                moving = [v for v in self._restored(k) if self.decision.shelved[v].host]
+                departures.setdefault(start, []).extend((v, k) for v in moving)
+        return departures
+
+    def _restore(self, v: Var) -> Var:
+        _, restore = self.decision.shelved[v].programs(v.aval)
+        return self._inline(restore, self.waiting[v])[0]
+
+    def _inline(self, program: Jaxpr, values: Sequence[Any]) -> list[Any]:
+        """Append `program`'s equations for these inputs; the names of its outputs."""
+        names: dict[Any, Any] = dict(zip(program.invars, values, strict=True))
+        for eqn in program.eqns:
+            outvars = [Var(v.aval) for v in eqn.outvars]
+            invars = [v if isinstance(v, Literal) else names[v] for v in eqn.invars]
+            self.eqns.append(eqn.replace(invars=invars, outvars=outvars))
+            names.update(zip(eqn.outvars, outvars, strict=True))
+        return [names[v] for v in program.outvars]
 
     def _stored_cotangents(self, cotangents: Iterable[Var]) -> tuple[list[Var], list[int]]:
         """The stored values behind `cotangents`, and the fused equations between, in order.
@@ -209,10 +308,11 @@ class _Emitter:
     def _wanted(self, k: int) -> list[int]:
         """Equations of segment `k` that its unkept residuals need, in order."""
         problem, saved = self.problem, self.decision.saved
+        restored = set(self._restored(k))
         pending = [
             v
             for v in problem.residuals
-            if v not in saved and problem.segment_of[problem.producer[v]] == k
+            if v not in saved and v not in restored and problem.segment_of[problem.producer[v]] == k
         ]
         indexes: set[int] = set()
         while pending:
@@ -225,6 +325,7 @@ class _Emitter:
                     isinstance(u, Var)
                     and u in problem.producer
                     and u not in saved
+                    and u not in restored
                     and problem.segment_of[problem.producer[u]] == k
                 ):
                     pending.append(u)

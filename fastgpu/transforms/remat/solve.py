@@ -5,6 +5,7 @@ A mixed-integer linear program in the spirit of Checkmate (Jain et al., MLSys 20
 matrix stays sparse; `scipy.optimize.milp` (HiGHS) solves it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ from scipy.sparse import csr_array
 from fastgpu.ir.analysis import aval_bytes
 from fastgpu.ir.compat import Var
 from fastgpu.transforms.remat.problem import Problem
+from fastgpu.transforms.remat.shelves import Shelf
 
 _MIB = 2**20
 
@@ -24,13 +26,16 @@ _MIB = 2**20
 class Decision:
     """What is kept, and which forward equations run again, for one problem.
 
-    `seconds` is the price of it, `bound` the least that any decision could cost: what the solver
-    proved.
+    `shelved` are the values that wait elsewhere, `restored` the segments of the backward half for
+    which each is brought back. `seconds` is the price of it, `bound` the least that any decision
+    could cost: what the solver proved.
     """
 
     problem: Problem
     saved: frozenset[Var]
     again: frozenset[int]
+    shelved: dict[Var, Shelf]
+    restored: frozenset[tuple[Var, int]]
     seconds: float
     bound: float
 
@@ -43,8 +48,11 @@ class Decision:
 class Solver:
     """The linear program of one problem, for any budget.
 
-    Variables: x (kept) for each value, z (run again) for each equation, m (bytes kept so far)
-    and t (the largest value on the way to what is computed again) for each segment, and the budget.
+    Variables: x (kept) for each value, z (run again) for each equation, s (put on a shelf) for each
+    movable value and shelf, r (restored) for each of those and each segment that reads it; m (bytes
+    kept so far), t (the largest value on the way to what is computed again), bytes that have not
+    left for the host by its end, and what is waited for from there, for each segment; what is
+    waited for to leave; and the budget.
     Inequalities are rows `a @ variables <= b`.
     """
 
@@ -52,11 +60,17 @@ class Solver:
         self.problem = problem
         self.x: dict[Var, int] = {}
         self.z: dict[int, int] = {}
+        self.s: dict[tuple[Var, Shelf], int] = {}
+        self.r: dict[tuple[Var, Shelf, int], int] = {}
         self._needed()
-        self.decided = len(self.x) + len(self.z)
-        self.m = [self.decided + k for k in range(problem.segments)]
-        self.t = [self.decided + problem.segments + k for k in range(problem.segments)]
-        self.size = self.decided + 2 * problem.segments + 1  # the last one is the budget
+        self._movable()
+        self.decided = len(self.x) + len(self.z) + len(self.s) + len(self.r)
+        count = problem.segments
+        self.m, self.t, self.queue, self.late = (
+            [self.decided + group * count + k for k in range(count)] for group in range(4)
+        )
+        self.stuck = self.decided + 4 * count
+        self.size = self.stuck + 2  # the last one is the budget
 
     def _needed(self) -> None:
         """Only what residuals are computed from takes part."""
@@ -67,6 +81,34 @@ class Solver:
         count = len(self.x)
         for index in sorted({problem.producer[v] for v in self.values}):
             self.z[index] = count + len(self.z)
+
+    def _movable(self) -> None:
+        """Values of the last segment are needed at once; nothing is gained by moving them."""
+        problem = self.problem
+        readers: dict[Var, set[int]] = {}
+        for index in self.z:
+            for u in problem.joint.forward.eqns[index].invars:
+                if isinstance(u, Var) and u in problem.movable:
+                    readers.setdefault(u, set()).add(problem.segment_of[index])
+        self.places: dict[Var, list[int]] = {}
+        for v in self.values:
+            own = problem.segment_of[problem.producer[v]]
+            if v not in problem.movable or own >= problem.segments - 1:
+                continue
+            places = {k for k in (own, *readers.get(v, ())) if k < problem.segments - 1}
+            self.places[v] = sorted(places)
+        first = len(self.x) + len(self.z)
+        pairs = [(v, shelf) for v in self.places for shelf in problem.movable[v]]
+        self.s.update((pair, first + i) for i, pair in enumerate(pairs))
+        first += len(self.s)
+        triples = [(v, shelf, k) for v, shelf in pairs for k in self.places[v]]
+        self.r.update((triple, first + i) for i, triple in enumerate(triples))
+
+    def _restored(self, v: Var, k: int) -> list[tuple[int, float]]:
+        """Terms of a row: -1 for each way in which `v` is brought back for segment `k`."""
+        if k not in self.places.get(v, ()):
+            return []
+        return [(self.r[v, shelf, k], -1.0) for shelf in self.problem.movable[v]]
 
     @cached_property
     def rows(self) -> LinearConstraint:
@@ -81,12 +123,15 @@ class Solver:
             limits.append(limit)
 
         for v in problem.residuals:
-            row([(self.x[v], -1.0), (self.z[problem.producer[v]], -1.0)], -1.0)
+            own = problem.segment_of[problem.producer[v]]
+            there = [(self.x[v], -1.0), (self.z[problem.producer[v]], -1.0)]
+            row([*there, *self._restored(v, own)], -1.0)
         for index, z in self.z.items():
             for u in {u for u in eqns[index].invars if isinstance(u, Var)}:
                 if u not in self.x:
                     continue  # an input: always there
                 terms = [(z, 1.0), (self.x[u], -1.0)]
+                terms += self._restored(u, problem.segment_of[index])
                 source = problem.producer[u]
                 if problem.segment_of[source] == problem.segment_of[index]:
                     terms.append((self.z[source], -1.0))
@@ -98,6 +143,25 @@ class Solver:
             size = aval_bytes(v.aval) / _MIB
             kept[k].append((self.x[v], size))
             local[k].append((v, size))
+        # Brought back for each segment from any shelf, from the host, on the way; leaving for it.
+        back: list[list[tuple[Var, int, float]]] = [[] for _ in range(problem.segments)]
+        fetched: list[list[tuple[int, float]]] = [[] for _ in range(problem.segments)]
+        coming: list[list[tuple[int, float]]] = [[] for _ in range(problem.segments)]
+        leaving: list[list[tuple[int, float]]] = [[] for _ in range(problem.segments)]
+        for (v, shelf), put in self.s.items():
+            k, size = problem.segment_of[problem.producer[v]], aval_bytes(v.aval) / _MIB
+            if shelf.host:
+                leaving[k].append((put, size))
+            else:
+                kept[k].append((put, shelf.device_bytes(v.aval) / _MIB))
+        for (v, shelf, k), restored in self.r.items():
+            size = aval_bytes(v.aval) / _MIB
+            row([(restored, 1.0), (self.s[v, shelf], -1.0)], 0.0)
+            back[k].append((v, restored, size))
+            if shelf.host:
+                fetched[k].append((restored, size))
+                for other in range(k + 1, k + problem.ahead[k] + 1):
+                    coming[other].append((restored, size))
         for k in range(problem.segments):
             before = [(self.m[k - 1], 1.0)] if k else []
             row([*before, *kept[k], (self.m[k], -1.0)], 0.0)
@@ -105,7 +169,11 @@ class Solver:
         for k in range(problem.segments):
             for window in problem.windows[k]:
                 first = window is problem.windows[k][0]
-                terms = [(self.m[k], 1.0), (slack, -1.0)]
+                terms = [(self.m[k], 1.0), (slack, -1.0), *coming[k]]
+                for v, restored, size in back[k]:
+                    own = problem.segment_of[problem.producer[v]] == k
+                    if first or (own and problem.last_read(v) >= window.start):
+                        terms.append((restored, size))
                 for v, size in local[k]:
                     again = self.z[problem.producer[v]]
                     stored = v in problem.stored and problem.view.root[v] is v
@@ -120,10 +188,37 @@ class Solver:
                     terms.append((self.t[k], 1.0))
                 row(terms, -window.base / _MIB)
         for k in range(1, problem.segments):
-            row([(self.m[k - 1], 1.0), (slack, -1.0)], -problem.forward_base[k] / _MIB)
+            terms = [(self.m[k - 1], 1.0), (slack, -1.0), (self.queue[k - 1], 1.0)]
+            row(terms, -problem.forward_base[k] / _MIB)
+        for terms, limit in self._link_rows(leaving, fetched):
+            row(terms, limit)
         matrix: Any = _sparse(entries, len(limits), self.size)
         below: Any = np.array(limits)
         return LinearConstraint(matrix, -np.inf, below)
+
+    def _link_rows(
+        self, leaving: list[list[tuple[int, float]]], fetched: list[list[tuple[int, float]]]
+    ) -> Iterator[tuple[list[tuple[int, float]], float]]:
+        """What goes over the link to the host, in MiB, against the time that there is for it."""
+        problem = self.problem
+        if not any(leaving):
+            return
+        hidden = [problem.hidden_bytes(t) / _MIB for t in problem.forward_seconds]
+        for k in range(problem.segments):
+            before = [(self.queue[k - 1], 1.0)] if k else []
+            moved = hidden[k] if k else 0.0
+            yield [*before, *leaving[k], (self.queue[k], -1.0)], moved
+            yield [*leaving[k], (self.queue[k], -1.0)], 0.0
+        microsecond = problem.device.host_link / _MIB * 1e-6
+        yield [(self.queue[-1], 1.0), (self.stuck, -microsecond)], 0.0
+        # Whatever is due between two segments has from when the first of it may set out.
+        for last in range(problem.segments):
+            for first in range(last + 1):
+                reach = problem.backward_seconds[first + 1 : last + problem.ahead[last] + 1]
+                due = [term for k in range(first, last + 1) for term in fetched[k]]
+                waits = [(self.late[k], -microsecond) for k in range(first, last + 1)]
+                if fetched[first] and fetched[last]:
+                    yield [*due, *waits], problem.hidden_bytes(sum(reach)) / _MIB
 
     def bounds(self, budget: float) -> tuple[np.ndarray, np.ndarray]:
         """0 <= x, z <= 1; small values are kept, equations with effects never run again."""
@@ -161,6 +256,14 @@ class Solver:
             if v not in self.problem.stored and aval_bytes(v.aval) > self.problem.small:
                 # A value that would be fused is written for being kept.
                 cost[x] += aval_bytes(v.aval) / self.problem.device.bandwidth * 1e6
+        traffic = 1e6 / self.problem.device.bandwidth
+        for (v, shelf), put in self.s.items():
+            # The host's copy is one read; packing reads twice and writes the packed value.
+            size, waiting = aval_bytes(v.aval), shelf.device_bytes(v.aval)
+            cost[put] = (size if shelf.host else 2 * size + waiting) * traffic
+        for (v, shelf, _), restored in self.r.items():
+            cost[restored] = (aval_bytes(v.aval) + shelf.device_bytes(v.aval)) * traffic
+        cost[[*self.late, self.stuck]] = 1.0
         return cost
 
     def solve(self, budget: float, time_limit: float = 5.0) -> Decision | None:
@@ -175,11 +278,16 @@ class Solver:
         chosen = result.x > 0.5
         saved = frozenset(v for v, x in self.x.items() if chosen[x])
         again = frozenset(index for index, z in self.z.items() if chosen[z])
+        restored = frozenset((v, k) for (v, _, k), r in self.r.items() if chosen[r])
+        wanted = {v for v, _ in restored}
+        shelved = {v: shelf for (v, shelf), s in self.s.items() if chosen[s] and v in wanted}
         bound = result.mip_dual_bound if result.mip_dual_bound is not None else 0.0
         return Decision(
             problem,
             saved,
             again,
+            shelved,
+            restored,
             float(result.fun) * 1e-6,
             max(0.0, float(bound)) * 1e-6,
         )

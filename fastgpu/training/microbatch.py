@@ -172,6 +172,17 @@ def resized(batch: Any, examples: int) -> Any:
     return jax.tree.map(with_examples, batch)
 
 
+def first_axis_split(leaf: jax.ShapeDtypeStruct) -> int:
+    """Into how many parts the first axis of a struct is split over devices.
+
+    >>> first_axis_split(jax.ShapeDtypeStruct((8, 3), jnp.float32))
+    1
+    """
+    if leaf.sharding is None:
+        return 1
+    return leaf.shape[0] // leaf.sharding.shard_shape(leaf.shape)[0]
+
+
 def divisors(count: int) -> list[int]:
     """All divisors, ascending.
 

@@ -7,6 +7,7 @@ that parameters and optimizer state exist once on the device. Keep the state it 
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -34,6 +35,7 @@ from fastgpu.training.microbatch import (
     check_accumulate_steps,
     check_global_batch,
     divisors,
+    first_axis_split,
     require_divisible,
     require_global_batch,
     resized,
@@ -136,9 +138,11 @@ class TrainStep:
             check_global_batch(global_batch, accumulate_steps)
         self.loss_fn, self.optimizer = loss_fn, optimizer
         self.passes, self.target = passes, target
-        self.donate, self.recompile = donate, recompile
+        self.donate = donate
+        self.recompile: Literal["error", "allow"] = recompile
         self.memory_budget = memory_budget
-        self.accumulate_steps, self.global_batch = accumulate_steps, global_batch
+        self.accumulate_steps: int | Literal["auto"] = accumulate_steps
+        self.global_batch = global_batch
         self._first_batch: tuple[dict[str, str], Any] | None = None
         self._known_batches: set[tuple[Any, ...]] = set()
         self._fresh = True
@@ -203,8 +207,10 @@ class TrainStep:
         if self.accumulate_steps != "auto":
             return with_count(self.accumulate_steps)
         examples, device = batch_examples(batch), resolve_target(target).device
+        # Over devices, every one has a part of every microbatch.
+        parts = math.lcm(*map(first_axis_split, jax.tree.leaves(batch)))
         search = CountSearch(
-            divisors(examples),
+            divisors(max(1, examples // parts)),
             lambda count: with_count(count)[0],
             device,
             gradient_bytes=sum(
@@ -326,7 +332,7 @@ class TrainStep:
     def _require_examples(self, batch: Any) -> None:
         if self.global_batch is not None:
             require_global_batch(batch, self.global_batch)
-        if self.accumulate_steps not in (1, "auto"):
+        if self.accumulate_steps != "auto" and self.accumulate_steps > 1:
             require_divisible(batch, self.accumulate_steps)
 
 

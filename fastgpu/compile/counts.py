@@ -80,7 +80,7 @@ class CountSearch:
             if seconds >= best or self.compiles - start >= _MOST_COMPILES:
                 break
             best = min(best, self._tried(count, budget))
-        untried = [count for count in self.counts if count not in {c for _, c in candidates}]
+        untried = {1, self.counts[-1]} - {count for _, count in candidates}
         if math.isinf(best) and untried:
             best = self._tried(min(untried, key=self._least), budget)
         if math.isinf(best):
@@ -89,22 +89,34 @@ class CountSearch:
 
     def _candidates(self, budget: int) -> list[tuple[float, int]]:
         """Counts that fit by the model, with their seconds a step, least first."""
+        plain = (
+            self._predicted(count, self._of(count).planner.unconstrained) for count in self.counts
+        )
+        enough = next((i for i, peak in enumerate(plain) if peak <= budget), len(self.counts) - 1)
         found: list[tuple[float, int]] = []
-        best = math.inf
-        for count in self.counts:
-            search = self._of(count)
-            model = search.planner.unconstrained
-            if self._seconds(count, model) >= best:
-                break  # more microbatches only take longer
-            if self._predicted(count, model) > budget:
-                allowed = model.peak - (self._predicted(count, model) - budget) / self._scale
-                model = search.planner.decide(allowed)
-            if model is not None:
-                seconds = self._seconds(count, model)
-                search.planning_seconds += model.planning_seconds
-                found.append((seconds, count))
-                best = min(best, seconds)
+        # From the fewest that fit without recomputing (more only take longer) down to where
+        # recomputing costs more than it saves, or does not help any more.
+        for count in reversed(self.counts[: enough + 1]):
+            model = self._decide(count, budget)
+            if model is None:
+                break
+            found.append((self._seconds(count, model), count))
+            if found[-1][0] > min(found)[0]:
+                break
+        if all(count > 1 for _, count in found):  # the only one without a sum of gradients
+            model = self._decide(1, budget)
+            found += [] if model is None else [(self._seconds(1, model), 1)]
         return sorted(found)
+
+    def _decide(self, count: int, budget: int) -> Modelled | None:
+        search = self._of(count)
+        model = search.planner.unconstrained
+        over = self._predicted(count, model) - budget
+        if over <= 0:
+            return model
+        model = search.planner.decide(model.peak - over / self._scale)
+        search.planning_seconds += 0.0 if model is None else model.planning_seconds
+        return model
 
     def _tried(self, count: int, budget: int) -> float:
         try:

@@ -81,7 +81,8 @@ def train_step(
         rounding. Not equal: batch normalization sees a microbatch at a time, and updates
         `model_state` once for each; dropout draws other masks (each microbatch's key is the
         step's folded with its number). "auto" picks the number and what to keep together, for the
-        least roofline seconds within `memory_budget`, by default the memory of the target.
+        least roofline seconds within `memory_budget`, by default the memory of the target; it
+        compiles for each number that it tries, mostly one or two.
       global_batch: the number of examples in a batch, those of all devices and hosts together;
         batches of another size are refused. `fastgpu.plan` takes the step to be for this size,
         whatever the size of the batch it is given.

@@ -83,9 +83,9 @@ class CountSearch:
         untried = {1, self.counts[-1]} - {count for _, count in candidates}
         if math.isinf(best) and untried:
             best = self._tried(min(untried, key=self._least), budget)
-        if math.isinf(best):
-            fewest = min(self._attempts(), key=lambda a: a.peak).accumulate_steps
-            raise self._of(fewest).infeasible(asked)
+        least = min(self._attempts(), key=lambda a: a.peak)
+        if least.peak > budget:
+            raise self._of(least.accumulate_steps).infeasible(asked)
 
     def _candidates(self, budget: int) -> list[tuple[float, int]]:
         """Counts that fit by the model, with their seconds a step, least first."""

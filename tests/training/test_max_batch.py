@@ -61,6 +61,7 @@ def test_a_step_that_may_recompute_takes_a_larger_batch(network, plain):
     assert planned.fits and planned.peak_bytes == found.peak_bytes
 
 
+@pytest.mark.slow
 def test_microbatches_make_larger_batches_that_are_multiples(network, plain):
     loss, state, batch = network
     step = fgpu.train_step(loss, TX, accumulate_steps=4, global_batch=64)

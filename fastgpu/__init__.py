@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastgpu.training import evaluate as evaluate
     from fastgpu.training import fit as fit
     from fastgpu.training import gather_params as gather_params
+    from fastgpu.training import max_batch as max_batch
     from fastgpu.training import predict as predict
     from fastgpu.training import shard_fsdp as shard_fsdp
     from fastgpu.training import supervised_loss as supervised_loss
@@ -41,6 +42,7 @@ _PUBLIC = {
     # plan
     "value_and_grad": "fastgpu.compile",
     "plan": "fastgpu.compile",
+    "max_batch": "fastgpu.training",
     # train
     "TrainState": "fastgpu.training",
     "supervised_loss": "fastgpu.training",

@@ -11,6 +11,7 @@ from fastgpu.compile.memory import MemoryReport, memory_report
 from fastgpu.errors import BudgetError, ConfigurationError
 from fastgpu.ir.compat import ClosedJaxpr
 from fastgpu.transforms.remat.decide import Modelled, Planner
+from fastgpu.transforms.remat.joint import Joint
 
 # Compiles everything around a joint program.
 Compile = Callable[[ClosedJaxpr], Any]
@@ -22,12 +23,18 @@ _CLOSE = 0.96
 
 @dataclass(frozen=True)
 class Attempt:
-    """One compiled program: what the model predicted for it, and what the compiler said."""
+    """One compiled program: what the model predicted for it, and what the compiler said.
+
+    `joint` is what the program was made of; `None` for a function without a backward half. Of
+    `accumulate_steps` microbatches, the program computes one.
+    """
 
     modelled: Modelled
     predicted_bytes: float | None
     memory: MemoryReport
     collectives: dict[str, int] = field(default_factory=dict)
+    joint: Joint | None = None
+    accumulate_steps: int = 1
 
     @property
     def peak(self) -> int:
@@ -35,17 +42,30 @@ class Attempt:
         return self.memory.peak_bytes
 
 
+def _smaller_arguments(least: Attempt, budget: int) -> str:
+    resident = least.memory.argument_bytes
+    return (
+        f"give smaller arguments (they take {show_bytes(resident)}); half the batch halves what "
+        f"scales with it of {show_bytes(least.memory.temp_bytes)} temporaries"
+    )
+
+
 @dataclass
 class Search:
     """What was compiled for one program and target; a later budget starts from what it found.
 
     A smaller budget never gets a larger peak than a larger one did: every attempt and every answer
-    is kept, and a new answer lies between those for its neighbours.
+    is kept, and a new answer lies between those for its neighbours. The planner sees one of
+    `accumulate_steps` microbatches, `compile` compiles them all. `default_budget` holds when none
+    is asked for. `ways_out(attempt, budget)` says what would need less than `attempt`, the least.
     """
 
     planner: Planner
     compile: Compile
     devices: int = 1
+    accumulate_steps: int = 1
+    default_budget: int | None = None
+    ways_out: Callable[[Attempt, int], str] = _smaller_arguments
     attempts: list[Attempt] = field(default_factory=list)
     answers: dict[int, Attempt] = field(default_factory=dict)
     planning_seconds: float = 0.0
@@ -100,7 +120,7 @@ class Search:
             self._try(modelled, self._predict(anchor, modelled))
         best = self._cheapest(budget)
         if best is None:
-            raise self._infeasible(budget)
+            raise self.infeasible(budget)
         return best
 
     def _cheapest(self, budget: int) -> Attempt | None:
@@ -110,16 +130,17 @@ class Search:
         fitting = [a for a in self.attempts if low <= a.peak <= high]
         return min(fitting, key=lambda a: (a.modelled.seconds, a.peak), default=None)
 
-    def _scale(self) -> float:
+    @property
+    def scale(self) -> float:
         """Compiled bytes per modelled byte: a sharded program holds a part on each device."""
-        first = self.attempts[0]
+        first = self.unconstrained
         if self.devices == 1 or not first.modelled.peak:
             return 1.0
         return first.memory.temp_bytes / first.modelled.peak
 
     def _plan(self, anchor: Attempt, budget: float, least: bool) -> Modelled | None:
         """The decision for `budget` bytes if the model is off by as much as it was for `anchor`."""
-        allowed = anchor.modelled.peak + (budget - anchor.peak) / self._scale()
+        allowed = anchor.modelled.peak + (budget - anchor.peak) / self.scale
         modelled = self.planner.decide(allowed)
         if modelled is None and least:
             modelled = self.planner.least()
@@ -127,14 +148,17 @@ class Search:
         return modelled
 
     def _predict(self, anchor: Attempt, modelled: Modelled) -> float:
-        return anchor.peak + (modelled.peak - anchor.modelled.peak) * self._scale()
+        return anchor.peak + (modelled.peak - anchor.modelled.peak) * self.scale
 
     def _try(self, modelled: Modelled, predicted: float | None) -> None:
         compiled = self.compile(modelled.program)
         collectives = count_collectives(compiled.as_text()) if self.devices > 1 else {}
-        self.attempts.append(Attempt(modelled, predicted, memory_report(compiled), collectives))
+        memory = memory_report(compiled)
+        joint, steps = self.planner.joint, self.accumulate_steps
+        self.attempts.append(Attempt(modelled, predicted, memory, collectives, joint, steps))
 
-    def _infeasible(self, budget: int) -> BudgetError:
+    def infeasible(self, budget: int) -> BudgetError:
+        """The error that says what was found for `budget`."""
         least = min(self.attempts, key=lambda a: a.peak)
         memory = least.memory
         filling = [
@@ -148,8 +172,7 @@ class Search:
             got=f"{show_bytes(budget)}; of the smallest peak, {show_bytes(resident)} are arguments "
             f"and results (parameters, optimizer state, batch), {show_bytes(memory.temp_bytes)} "
             f"temporaries, most of them {'; '.join(filling)}",
-            fix="take a smaller batch; or keep the optimizer state in 8 bits with "
-            "fastgpu.optimizers.compressed; or split both with fastgpu.shard_fsdp",
+            fix=self.ways_out(least, budget),
             least_bytes=least.peak,
         )
 

@@ -15,6 +15,7 @@ from fastgpu.compile.budget import (
     count_collectives,
     show_bytes,
 )
+from fastgpu.compile.counts import CountSearch
 from fastgpu.compile.deviceless import compile_for, plain_shape
 from fastgpu.compile.live import LiveValue, live_at_peak
 from fastgpu.compile.memory import MemoryReport, memory_report
@@ -53,7 +54,9 @@ class Plan:
     `memory` is the compiler's; `timeline` the model's temporaries while each equation runs,
     `timeline_before` the same without a budget. `predicted_peak_bytes` is what the model expected
     before the last compilation. `gap` bounds how far the recomputation's price may be above the
-    least possible for this cut of the program, as a fraction.
+    least possible for this cut of the program, as a fraction. With more than one of
+    `accumulate_steps`, timelines and residuals are those of one microbatch, seconds those of the
+    whole step.
     """
 
     target: str
@@ -73,6 +76,7 @@ class Plan:
     planning_seconds: float
     seconds: float
     collectives: dict[str, int] = field(default_factory=dict)
+    accumulate_steps: int = 1
 
     @property
     def peak_bytes(self) -> int:
@@ -153,6 +157,8 @@ class Plan:
             f"  {self.compiles} compilations, {self.planning_seconds:.1f} s planning, "
             f"{self.seconds:.1f} s in all",
         ]
+        if self.accumulate_steps > 1:
+            lines.append(f"  gradients summed over {self.accumulate_steps} microbatches")
         if self.collectives:
             counts = ", ".join(f"{count} {name}" for name, count in self.collectives.items())
             lines.append(f"  collectives: {counts}")
@@ -181,7 +187,7 @@ def plan(
         runs on. A GPU need not be there.
       memory_budget: as for `fastgpu.value_and_grad`; for a step or gradient only, whose own budget
         holds when none is given. Without any, the device's memory is the budget, and nothing is
-        recomputed.
+        recomputed (but `train_step(accumulate_steps="auto")` cuts the batch until it fits).
 
     Raises `BudgetError` when no plan fits, with the smallest peak found; `ConfigurationError` for
     an unknown target, or a budget for a function in which fastgpu cannot decide;
@@ -211,7 +217,8 @@ def plan(
         return _report(chosen, attempt, attempt, whole, whole, None, start)
 
     search, build, call_args = fn.search(args, target)  # pyright: ignore[reportAttributeAccessIssue]
-    wanted = memory_budget if memory_budget is not None else fn.memory_budget  # pyright: ignore[reportAttributeAccessIssue]
+    asked = memory_budget, fn.memory_budget, search.default_budget  # pyright: ignore[reportAttributeAccessIssue]
+    wanted = next((budget for budget in asked if budget is not None), None)
     first = search.unconstrained
     budget = None if wanted is None else search.bytes_of(wanted)
     attempt = first if budget is None else search.within(budget)
@@ -238,22 +245,27 @@ def _report(
     first: Attempt,
     after: Modelled,
     before: Modelled,
-    search: Search | None,
+    search: Search | CountSearch | None,
     start: float,
     budget: int | None = None,
 ) -> Plan:
     decision = attempt.modelled.decision
+    # Of a loop over microbatches, what is inside says more than one equation of the step does.
+    shown, shown_before = (
+        one if tried.accumulate_steps == 1 else tried.modelled
+        for one, tried in ((after, attempt), (before, first))
+    )
     return Plan(
         target=str(target),
         memory=attempt.memory,
         budget_bytes=budget if budget is not None else target.device.memory_bytes,
         unconstrained_peak_bytes=first.peak,
         predicted_peak_bytes=int(attempt.predicted_bytes or attempt.peak),
-        timeline=after.timeline,
-        timeline_before=before.timeline,
-        live_at_peak=live_at_peak(after),
-        residuals=[] if search is None else _decisions(search, attempt),
-        recompute_flops_fraction=_recomputed(search, attempt, before.program),
+        timeline=shown.timeline,
+        timeline_before=shown_before.timeline,
+        live_at_peak=live_at_peak(shown),
+        residuals=_decisions(attempt),
+        recompute_flops_fraction=_recomputed(attempt, before.program),
         predicted_step_seconds=after.seconds / target.count,
         unconstrained_step_seconds=before.seconds / target.count,
         gap=0.0 if decision is None else decision.gap,
@@ -261,12 +273,14 @@ def _report(
         planning_seconds=0.0 if search is None else search.planning_seconds,
         seconds=time.perf_counter() - start,
         collectives=attempt.collectives,
+        accumulate_steps=attempt.accumulate_steps,
     )
 
 
-def _decisions(search: Search, attempt: Attempt) -> list[ResidualDecision]:
-    decision = attempt.modelled.decision
-    joint = search.planner.joint
+def _decisions(attempt: Attempt) -> list[ResidualDecision]:
+    decision, joint = attempt.modelled.decision, attempt.joint
+    if joint is None:
+        return []
     made_by = {v: eqn for eqn in joint.forward.eqns for v in eqn.outvars}
     index_of = {v: i for i, eqn in enumerate(joint.forward.eqns) for v in eqn.outvars}
     rows = []
@@ -288,10 +302,10 @@ def _decisions(search: Search, attempt: Attempt) -> list[ResidualDecision]:
     return rows
 
 
-def _recomputed(search: Search | None, attempt: Attempt, whole: ClosedJaxpr) -> float:
-    decision = attempt.modelled.decision
-    if search is None or decision is None:
+def _recomputed(attempt: Attempt, whole: ClosedJaxpr) -> float:
+    decision, joint = attempt.modelled.decision, attempt.joint
+    if joint is None or decision is None:
         return 0.0
-    eqns = search.planner.joint.forward.eqns
+    eqns = joint.forward.eqns
     again = sum(equation_cost(eqns[index]).flops for index in decision.again)
-    return again / max(1.0, program_cost(whole).flops)
+    return attempt.accumulate_steps * again / max(1.0, program_cost(whole).flops)

@@ -1,5 +1,6 @@
 """Training: the state, the step, the losses, and a loop to copy."""
 
+from fastgpu.training.batch_size import MaxBatch, max_batch
 from fastgpu.training.data import ArrayBatches
 from fastgpu.training.evaluation import evaluate, predict
 from fastgpu.training.loop import FitResult, fit
@@ -11,12 +12,14 @@ from fastgpu.training.step import TrainStep, train_step
 __all__ = [
     "ArrayBatches",
     "FitResult",
+    "MaxBatch",
     "SupervisedLoss",
     "TrainState",
     "TrainStep",
     "evaluate",
     "fit",
     "gather_params",
+    "max_batch",
     "predict",
     "shard_fsdp",
     "supervised_loss",

@@ -6,6 +6,8 @@ for the whole step, optimizer included. The one warning: the step donates the st
 that parameters and optimizer state exist once on the device. Keep the state it returns.
 """
 
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -16,6 +18,7 @@ import numpy as np
 import optax
 
 from fastgpu.compile import (
+    CountSearch,
     Gradient,
     Search,
     compile_for,
@@ -23,10 +26,22 @@ from fastgpu.compile import (
     shape_of,
 )
 from fastgpu.errors import BatchError, FastGPUError, LossError, TraceError
-from fastgpu.hardware import Device, Target
+from fastgpu.hardware import Device, Target, resolve_target
 from fastgpu.ir.compat import ClosedJaxpr, Tracer, platform
 from fastgpu.training.leaves import first_difference, is_array, leaf_type, leaf_types
+from fastgpu.training.microbatch import (
+    accumulated,
+    batch_examples,
+    check_accumulate_steps,
+    check_global_batch,
+    divisors,
+    first_axis_split,
+    require_divisible,
+    require_global_batch,
+    resized,
+)
 from fastgpu.training.state import TrainState, strong
+from fastgpu.training.ways_out import ways_out
 from fastgpu.transforms import optimize
 
 LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, tuple[Any, Mapping[str, Any]]]]
@@ -41,6 +56,8 @@ def train_step(
     donate: bool = True,
     recompile: Literal["error", "allow"] = "error",
     memory_budget: int | float | str | None = None,
+    accumulate_steps: int | Literal["auto"] = 1,
+    global_batch: int | None = None,
 ) -> "TrainStep":
     """A compiled `(state, batch) -> (state, metrics)`.
 
@@ -58,12 +75,25 @@ def train_step(
         peak without a budget: state, batch, temporaries and code, on one device. What does not fit
         is computed again in the backward half; the numbers stay. Found by compiling, at most four
         times, when the step meets its first batch.
+      accumulate_steps: microbatches that each batch is cut into along axis 0, one after the other;
+        gradients, loss and metrics are those of the whole batch (`batch["weights"]` counts as in
+        `supervised_loss`) if the loss is a mean over examples that do not see each other, within
+        rounding. Not equal: batch normalization sees a microbatch at a time, and updates
+        `model_state` once for each; dropout draws other masks (each microbatch's key is the
+        step's folded with its number). "auto" picks the number and what to keep together, for the
+        least roofline seconds within `memory_budget`, by default the memory of the target; it
+        compiles for each number that it tries, mostly one or two.
+      global_batch: the number of examples in a batch, those of all devices and hosts together;
+        batches of another size are refused. `fastgpu.plan` takes the step to be for this size,
+        whatever the size of the batch it is given.
 
     The metrics are `{"loss": loss, **metrics}`, on the device: a step never waits for them.
     Composes with `jax.jit` and `jax.lax.scan`; there, batches are not compared.
 
     Raises `LossError` when `loss_fn` returns something else, before anything is compiled, and
-    `BatchError` when a later batch differs from the first. `BudgetError` when no plan fits.
+    `BatchError` when a later batch differs from the first, cannot be cut into microbatches or is
+    not of `global_batch`; `BudgetError` when no plan fits; `ConfigurationError` for settings that
+    make no sense.
 
     >>> def loss_fn(params, model_state, batch, rng):
     ...     error = batch["x"] @ params["w"] - batch["y"]
@@ -74,7 +104,17 @@ def train_step(
     >>> state.params["w"], metrics["loss"], int(state.step)
     (Array([0.2, 0.2], dtype=float32), Array(1., dtype=float32), 1)
     """
-    return TrainStep(loss_fn, optimizer, passes, target, donate, recompile, memory_budget)
+    return TrainStep(
+        loss_fn,
+        optimizer,
+        passes,
+        target,
+        donate,
+        recompile,
+        memory_budget,
+        accumulate_steps,
+        global_batch,
+    )
 
 
 class TrainStep:
@@ -89,24 +129,32 @@ class TrainStep:
         donate: bool = True,
         recompile: Literal["error", "allow"] = "error",
         memory_budget: int | float | str | None = None,
+        accumulate_steps: int | Literal["auto"] = 1,
+        global_batch: int | None = None,
     ) -> None:
         if recompile not in ("error", "allow"):
             raise ValueError(f"`recompile` is 'error' or 'allow', not {recompile!r}")
+        check_accumulate_steps(accumulate_steps)
+        if global_batch is not None:
+            check_global_batch(global_batch, accumulate_steps)
         self.loss_fn, self.optimizer = loss_fn, optimizer
         self.passes, self.target = passes, target
-        self.donate, self.recompile = donate, recompile
+        self.donate = donate
+        self.recompile: Literal["error", "allow"] = recompile
         self.memory_budget = memory_budget
+        self.accumulate_steps: int | Literal["auto"] = accumulate_steps
+        self.global_batch = global_batch
         self._first_batch: tuple[dict[str, str], Any] | None = None
         self._known_batches: set[tuple[Any, ...]] = set()
         self._fresh = True
-        self._searches: dict[Any, tuple[Search, Callable[..., Any]]] = {}
+        self._searches: dict[Any, tuple[Search | CountSearch, Callable[..., Any]]] = {}
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         """Do one step."""
         leaves, tree = jax.tree.flatten(batch)
         if any(isinstance(leaf, Tracer) for leaf in (state.step, *leaves)):
             # A compiled program with options of its own cannot be part of another one.
-            step = self._jitted if self.memory_budget is None else self._planned
+            step = self._planned if self._plans else self._jitted
             return step(state, batch)
         if self.recompile == "error":
             self._check_batch(batch, leaves, tree)
@@ -128,9 +176,11 @@ class TrainStep:
 
     def search(
         self, args: Sequence[Any], target: str | Device | Target | None
-    ) -> tuple[Search, Callable[..., Callable[..., Any]], tuple[Any, ...]]:
+    ) -> tuple[Search | CountSearch, Callable[..., Callable[..., Any]], tuple[Any, ...]]:
         """What `fastgpu.plan` asks: the search for these shapes, what it compiles, and on what."""
         state, batch = jax.tree.map(shape_of, tuple(args))
+        if self.global_batch is not None:
+            batch = resized(batch, self.global_batch)
         state = jax.tree.map(lambda leaf: leaf.update(weak_type=False), state)
         target = self.target if target is None else target
         types = leaf_types((state, batch))
@@ -139,42 +189,92 @@ class TrainStep:
             self._searches[key] = self._new_search(state, batch, target)
         return *self._searches[key], (state, batch)
 
+    def compile(self, state: TrainState, batch: Any, target: Any = None) -> Any:
+        """The step without a memory budget, compiled for `target` (by default its own), not run."""
+        state, batch = jax.tree.map(shape_of, (state, batch))
+        fn = self._build(self._value_and_grad())
+        return self._compiled(fn, state, batch, self.target if target is None else target)
+
+    def _compiled(self, fn: Any, state: TrainState, batch: Any, target: Any) -> Any:
+        return compile_for(fn, (state, batch), target, **self._donation(), **_same_places(state))
+
     def _new_search(
         self, state: TrainState, batch: Any, target: Any
+    ) -> tuple[Search | CountSearch, Callable[..., Callable[..., Any]]]:
+        @functools.cache
+        def with_count(count: int) -> tuple[Search, Callable[..., Callable[..., Any]]]:
+            return self._search_with(count, state, batch, target)
+
+        if self.accumulate_steps != "auto":
+            return with_count(self.accumulate_steps)
+        examples, device = batch_examples(batch), resolve_target(target).device
+        # Over devices, every one has a part of every microbatch.
+        parts = math.lcm(*map(first_axis_split, jax.tree.leaves(batch)))
+        search = CountSearch(
+            divisors(max(1, examples // parts)),
+            lambda count: with_count(count)[0],
+            device,
+            gradient_bytes=sum(
+                leaf.size * max(4, leaf.dtype.itemsize) for leaf in jax.tree.leaves(state.params)
+            ),
+            default_budget=device.memory_bytes,
+        )
+        # A program reads parameters, model_state and a microbatch, in this order.
+        first = len(jax.tree.leaves((state.params, state.model_state)))
+
+        def build(program: ClosedJaxpr) -> Callable[..., Any]:
+            microbatch: Any = program.in_avals[first]
+            return with_count(examples // microbatch.shape[0])[1](program)
+
+        return search, build
+
+    def _search_with(
+        self, count: int, state: TrainState, batch: Any, target: Any
     ) -> tuple[Search, Callable[..., Callable[..., Any]]]:
         def loss_of(params: Any, rest: Any) -> Any:
             return _checked(self.loss_fn)(params, *rest)
 
+        if count > 1:
+            microbatch = resized(batch, require_divisible(batch, count) // count)
+        else:
+            microbatch = batch
         rng = jax.eval_shape(lambda rng, step: jax.random.fold_in(rng, step), state.rng, state.step)
         gradient = Gradient(
-            loss_of, state.params, (state.model_state, batch, rng), target, self.passes
+            loss_of, state.params, (state.model_state, microbatch, rng), target, self.passes
         )
 
         def build(program: ClosedJaxpr) -> Callable[..., Any]:
             def value_and_grad(params: Any, *rest: Any) -> Any:
                 return gradient.evaluate(program, params, rest)
 
-            return self._build(value_and_grad)
+            return self._build(accumulated(value_and_grad, self.loss_fn, count))
 
         def compiled(program: ClosedJaxpr) -> Any:
-            return compile_for(
-                build(program), (state, batch), target, **self._donation(), **_same_places(state)
-            )
+            return self._compiled(build(program), state, batch, target)
 
-        return gradient.search(compiled), build
+        search = gradient.search(compiled)
+        search.accumulate_steps = count
+        search.ways_out = ways_out(self, state, batch, gradient)
+        return search, build
+
+    @property
+    def _plans(self) -> bool:
+        return self.memory_budget is not None or self.accumulate_steps == "auto"
 
     @cached_property
     def _jitted(self) -> Any:
-        if self.memory_budget is None:
+        if not self._plans:
             return jax.jit(self._build(self._value_and_grad()), **self._donation())
         # The plan is made while JAX traces: once for each kind of batch.
         options = options_for(platform())
         return jax.jit(self._planned, compiler_options=options, **self._donation())
 
     def _planned(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        assert self.memory_budget is not None
+        self._require_examples(batch)
         search, build, _ = self.search((state, batch), None)
-        return build(search.within(self.memory_budget).modelled.program)(state, batch)
+        budget = search.default_budget if self.memory_budget is None else self.memory_budget
+        assert budget is not None
+        return build(search.within(budget).modelled.program)(state, batch)
 
     def _donation(self) -> dict[str, Any]:
         return {"donate_argnums": (0,) if self.donate else ()}
@@ -184,7 +284,10 @@ class TrainStep:
 
     def _value_and_grad(self) -> Callable[..., Any]:
         loss_fn = optimize(_checked(self.loss_fn), passes=self.passes, target=self.target)
-        return jax.value_and_grad(loss_fn, has_aux=True)
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        if self.accumulate_steps == "auto":  # decided elsewhere; here, the batch at once
+            return value_and_grad
+        return accumulated(value_and_grad, self.loss_fn, self.accumulate_steps)
 
     def _build(
         self, value_and_grad: Callable[..., Any]
@@ -192,6 +295,7 @@ class TrainStep:
         optimizer = optax.with_extra_args_support(self.optimizer)
 
         def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+            self._require_examples(batch)
             rng = jax.random.fold_in(state.rng, state.step)
             (loss, (model_state, metrics)), grads = value_and_grad(
                 state.params, state.model_state, batch, rng
@@ -215,6 +319,7 @@ class TrainStep:
         if seen in self._known_batches:
             return
         _require_arrays(batch)
+        self._require_examples(batch)
         if self._first_batch is None:
             self._first_batch = leaf_types(batch), tree
         types, first_tree = self._first_batch
@@ -224,6 +329,12 @@ class TrainStep:
         if difference is not None:
             raise _changed_batch(*difference)
         self._known_batches.add(seen)
+
+    def _require_examples(self, batch: Any) -> None:
+        if self.global_batch is not None:
+            require_global_batch(batch, self.global_batch)
+        if self.accumulate_steps != "auto" and self.accumulate_steps > 1:
+            require_divisible(batch, self.accumulate_steps)
 
 
 def _shardings(tree: Any) -> tuple[Any, ...]:

@@ -184,8 +184,9 @@ def test_plan_answers_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
         "--set",
         "num_classes=4",
     )
-    found, cut, refused = in_one_process(
+    found, in_parts, cut, refused = in_one_process(
         (*words, "--target", "h100", "--json", "--save", "plan.json"),
+        (*words, "--target", "h100", "--accumulate-steps", "2"),
         (*words, "--target", "l4:2", "--fsdp"),
         (*words, "--target", "h1000"),
         cwd=tmp_path,
@@ -194,6 +195,7 @@ def test_plan_answers_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     report = json.loads(found[1])
     assert report["fits"] is True and report["target"] == "h100"
     assert json.loads((tmp_path / "plan.json").read_text())["peak_bytes"] == report["peak_bytes"]
+    assert in_parts[0] == 0 and "over 2 microbatches" in in_parts[1]
     assert cut[0] == 0 and "collectives: " in cut[1]
     assert refused[0] == 1 and "one of h100" in refused[2]
 

@@ -77,7 +77,9 @@ def test_the_report_names_the_users_lines_and_is_saved(planned, tmp_path):
 
 def test_an_infeasible_budget_says_the_least_that_was_found(planned):
     plan, _, _ = planned
-    says = r"(?s)at least .*temporaries, most of them .* x float32.*smaller batch"
+    says = (
+        r"(?s)at least .*temporaries, most of them .* x float32.*a batch of 16384 instead of 32768"
+    )
     with pytest.raises(BudgetError, match=says) as error:
         plan("10%")
     assert plan(error.value.least_bytes).peak_bytes == error.value.least_bytes

@@ -28,6 +28,9 @@ def plan(
     memory_budget: Annotated[
         str | None, typer.Option(help="16GiB, 8000MB, or 60% of the peak without a budget.")
     ] = None,
+    accumulate_steps: Annotated[
+        str, typer.Option(help="Microbatches for each batch: a number, or auto.")
+    ] = "1",
     tokens: Annotated[bool, typer.Option("--tokens", help="Inputs are token numbers.")] = False,
     labels: Annotated[
         str | None,
@@ -81,7 +84,8 @@ def plan(
         mesh = absent_mesh(target)
         loss_fn = gather_params(loss_fn, mesh)
         state, batch = shard_fsdp(state, batch, mesh)
-    step = fgpu.train_step(loss_fn, tx)
+    steps = int(accumulate_steps) if accumulate_steps.isdigit() else accumulate_steps
+    step = fgpu.train_step(loss_fn, tx, accumulate_steps=steps)  # pyright: ignore[reportArgumentType]
     report = fgpu.plan(step, state, batch, target=target, memory_budget=memory_budget)
     for path in save or ():
         report.save(path)

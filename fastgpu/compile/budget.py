@@ -1,9 +1,11 @@
 """Close the loop: plan, compile, read the compiler's own peak, correct, at most four times."""
 
 import re
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from fastgpu.compile.live import live_at_peak
@@ -18,16 +20,30 @@ MOST_COMPILES = 4
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 # A plan this close to its budget is not worth another compile.
 _CLOSE = 0.96
+# A plan that costs no more than this part of the step is taken without looking for a cheaper one.
+_CHEAP = 0.01
+
+
+@dataclass(frozen=True)
+class Version:
+    """One way to write the program; `loops` says which loops are not as the user wrote them."""
+
+    planner: Planner
+    loops: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One compiled program: what the model predicted for it, and what the compiler said."""
+    """One compiled program: what the model predicted for it, and what the compiler said.
+
+    `version` is the one of which `modelled` is a plan; `None` where nothing was to be planned.
+    """
 
     modelled: Modelled
     predicted_bytes: float | None
     memory: MemoryReport
     collectives: dict[str, int] = field(default_factory=dict)
+    version: Version | None = None
 
     @property
     def peak(self) -> int:
@@ -40,12 +56,14 @@ class Search:
     """What was compiled for one program and target; a later budget starts from what it found.
 
     A smaller budget never gets a larger peak than a larger one did: every attempt and every answer
-    is kept, and a new answer lies between those for its neighbours.
+    is kept, and a new answer lies between those for its neighbours. `alternatives` are other
+    versions of the program; they are made when `planner` does not meet a budget at next to no cost.
     """
 
     planner: Planner
     compile: Compile
     devices: int = 1
+    alternatives: Callable[[], Iterable[Version]] = tuple
     attempts: list[Attempt] = field(default_factory=list)
     answers: dict[int, Attempt] = field(default_factory=dict)
     planning_seconds: float = 0.0
@@ -59,8 +77,18 @@ class Search:
     def unconstrained(self) -> Attempt:
         """The program that keeps everything, compiled once."""
         if not self.attempts:
-            self._try(self.planner.unconstrained, None)
+            self._try(self._original, self.planner.unconstrained, None)
         return self.attempts[0]
+
+    @cached_property
+    def _original(self) -> Version:
+        return Version(self.planner)
+
+    @cached_property
+    def _others(self) -> list[Version]:
+        """The alternatives, that with the least to pay first."""
+        versions = self.alternatives()
+        return sorted(versions, key=lambda version: version.planner.unconstrained.seconds)
 
     def bytes_of(self, budget: int | float | str) -> int:
         """A budget in bytes, as `parse_budget` reads it."""
@@ -86,18 +114,18 @@ class Search:
             known = self._cheapest(budget)
             if known is not None and known.peak >= _CLOSE * budget:
                 break
-            # The last attempt is the nearest to what the next one will be.
-            nearest = min(self.attempts, key=lambda a: abs(a.peak - budget))
-            anchor = self.attempts[-1] if len(self.attempts) > start else nearest
-            modelled = self._plan(anchor, aim * budget, least=known is None)
-            if modelled is None:
+            planned = self._plan(aim * budget, start, least=known is None)
+            if planned is None:
+                break
+            version, modelled, anchor = planned
+            if known is not None and modelled.seconds >= known.modelled.seconds:
                 break
             if any(a.modelled.peak == modelled.peak for a in self.attempts):
                 aim -= 0.02
                 if aim < 0.9:
                     break
                 continue
-            self._try(modelled, self._predict(anchor, modelled))
+            self._try(version, modelled, self._predict(anchor, modelled))
         best = self._cheapest(budget)
         if best is None:
             raise self._infeasible(budget)
@@ -117,22 +145,63 @@ class Search:
             return 1.0
         return first.memory.temp_bytes / first.modelled.peak
 
-    def _plan(self, anchor: Attempt, budget: float, least: bool) -> Modelled | None:
-        """The decision for `budget` bytes if the model is off by as much as it was for `anchor`."""
+    def _plan(
+        self, budget: float, start: int, least: bool
+    ) -> tuple[Version, Modelled, Attempt] | None:
+        """The cheapest plan for `budget` bytes, its version, and the attempt that it relies on.
+
+        If there is none and `least` is asked for, the plan with the smallest peak.
+        """
+        began = time.perf_counter()
+        best = self._decide(self._original, budget, start)
+        free = (1 + _CHEAP) * self.planner.unconstrained.seconds
+        if best is None or best[1].seconds > free:
+            for version in self._others:
+                # Whatever is decided, it costs no less than keeping everything.
+                if best is not None and version.planner.unconstrained.seconds >= best[1].seconds:
+                    break
+                found = self._decide(version, budget, start)
+                if found is not None and (best is None or found[1].seconds < best[1].seconds):
+                    best = found
+        if best is None and least:
+            plans = []
+            for version in (self._original, *self._others):
+                anchor = self._anchor(version, budget, start)
+                plans.append((version, version.planner.least(), anchor))
+            best = min(plans, key=lambda plan: self._predict(plan[2], plan[1]))
+        self.planning_seconds += time.perf_counter() - began
+        return best
+
+    def _decide(
+        self, version: Version, budget: float, start: int
+    ) -> tuple[Version, Modelled, Attempt] | None:
+        """The decision for `budget` bytes if the model is off by as much as for the anchor."""
+        anchor = self._anchor(version, budget, start)
         allowed = anchor.modelled.peak + (budget - anchor.peak) / self._scale()
-        modelled = self.planner.decide(allowed)
-        if modelled is None and least:
-            modelled = self.planner.least()
-        self.planning_seconds += 0.0 if modelled is None else modelled.planning_seconds
-        return modelled
+        whole = version.planner.unconstrained
+        if version is not self._original and whole.peak <= allowed:
+            return version, whole, anchor
+        modelled = version.planner.decide(allowed)
+        return None if modelled is None else (version, modelled, anchor)
+
+    def _anchor(self, version: Version, budget: float, start: int) -> Attempt:
+        """The attempt that tells most about the next one: of the same version, recent, near."""
+        same = [a for a in self.attempts[start:] if a.version is version]
+        if same:
+            return same[-1]
+        known = [a for a in self.attempts if a.version is version] or [
+            a for a in self.attempts if a.version is self._original
+        ]
+        return min(known, key=lambda a: abs(a.peak - budget))
 
     def _predict(self, anchor: Attempt, modelled: Modelled) -> float:
         return anchor.peak + (modelled.peak - anchor.modelled.peak) * self._scale()
 
-    def _try(self, modelled: Modelled, predicted: float | None) -> None:
+    def _try(self, version: Version, modelled: Modelled, predicted: float | None) -> None:
         compiled = self.compile(modelled.program)
         collectives = count_collectives(compiled.as_text()) if self.devices > 1 else {}
-        self.attempts.append(Attempt(modelled, predicted, memory_report(compiled), collectives))
+        memory = memory_report(compiled)
+        self.attempts.append(Attempt(modelled, predicted, memory, collectives, version))
 
     def _infeasible(self, budget: int) -> BudgetError:
         least = min(self.attempts, key=lambda a: a.peak)

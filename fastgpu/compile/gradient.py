@@ -5,20 +5,20 @@ inside of a larger program, the gradients are the same and the decisions stay, b
 them needs memory of its own. `fastgpu.train_step(memory_budget=...)` counts the whole step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fastgpu.compile.budget import Search
+from fastgpu.compile.budget import Search, Version
 from fastgpu.compile.deviceless import compile_for, options_for, plain_shape, shape_of
 from fastgpu.errors import TraceError
 from fastgpu.hardware import Device, Target, resolve_target
-from fastgpu.ir.compat import ClosedJaxpr, Tracer, eval_jaxpr, platform
+from fastgpu.ir.compat import ClosedJaxpr, Tracer, eval_jaxpr, jaxpr_as_fun, platform
 from fastgpu.transforms import optimize, optimized_trace
-from fastgpu.transforms.remat import Planner, trace_joint
+from fastgpu.transforms.remat import Planner, reshaped_loops, trace_joint
 
 
 def value_and_grad(
@@ -172,8 +172,7 @@ class Gradient:
         rest_leaves, self.rest_tree = jax.tree.flatten(jax.tree.map(shape_of, rest))
         _require_floating(moving)
         self.count = len(moving_leaves)
-        self.aux_tree: Any = None
-        structs = [plain_shape(s) for s in (*moving_leaves, *rest_leaves)]
+        self.structs = structs = [plain_shape(s) for s in (*moving_leaves, *rest_leaves)]
 
         def of_leaves(*leaves: Any) -> tuple[Any, Any]:
             moving = jax.tree.unflatten(self.moving_tree, leaves[: self.count])
@@ -182,19 +181,31 @@ class Gradient:
             _require_scalar(value)
             return value, aux
 
-        optimized = optimized_trace(of_leaves, structs, passes, self.target).as_fun()
+        traced = optimized_trace(of_leaves, structs, passes, self.target)
+        self.closed_jaxpr = traced.closed_jaxpr
+        _, self.aux_tree = traced.out_tree.children()
+        self.planner = self._planner(self.closed_jaxpr)
+        self.joint = self.planner.joint
+
+    def _planner(self, closed: ClosedJaxpr) -> Planner:
+        """A planner of the gradient of `closed`: leaves → scalar, then leaves of `aux`."""
+        run = jaxpr_as_fun(closed)
 
         def flat(*leaves: Any) -> tuple[list[Any], list[Any]]:
-            value, aux = optimized(*leaves)
-            aux_leaves, self.aux_tree = jax.tree.flatten(aux)
-            return [value], aux_leaves
+            value, *aux = run(*leaves)
+            return [value], aux
 
-        self.joint = trace_joint(flat, structs[: self.count], structs[self.count :])
-        self.planner = Planner(self.joint, self.target.device)
+        joint = trace_joint(flat, self.structs[: self.count], self.structs[self.count :])
+        return Planner(joint, self.target.device)
+
+    def _alternatives(self) -> Iterator[Version]:
+        """The gradient of the same function with its loops in another shape."""
+        for other in reshaped_loops(self.closed_jaxpr, self.planner.unconstrained.peak):
+            yield Version(self._planner(other.program), other.loops)
 
     def search(self, compiled: Callable[[ClosedJaxpr], Any]) -> Search:
         """A search over this gradient's programs, each compiled as `compiled(program)` does."""
-        return Search(self.planner, compiled, self.target.count)
+        return Search(self.planner, compiled, self.target.count, self._alternatives)
 
     def evaluate(self, program: ClosedJaxpr, moving: Any, rest: Any) -> Any:
         """`((value, aux), gradients)` by `program`, one of the planner's."""

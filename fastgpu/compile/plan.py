@@ -22,7 +22,7 @@ from fastgpu.errors import ConfigurationError, require
 from fastgpu.hardware import Device, Target, parse_target, resolve_target
 from fastgpu.ir.analysis import aval_bytes
 from fastgpu.ir.compat import ClosedJaxpr, Var, source_line
-from fastgpu.ir.cost import equation_cost, program_cost
+from fastgpu.ir.cost import program_cost
 from fastgpu.transforms.inline import inline_calls
 from fastgpu.transforms.remat import Modelled, modelled
 
@@ -53,7 +53,8 @@ class Plan:
     `memory` is the compiler's; `timeline` the model's temporaries while each equation runs,
     `timeline_before` the same without a budget. `predicted_peak_bytes` is what the model expected
     before the last compilation. `gap` bounds how far the recomputation's price may be above the
-    least possible for this cut of the program, as a fraction.
+    least possible for this cut of the program, as a fraction. `loops` names the loops that were
+    unrolled or put in chunks.
     """
 
     target: str
@@ -73,6 +74,7 @@ class Plan:
     planning_seconds: float
     seconds: float
     collectives: dict[str, int] = field(default_factory=dict)
+    loops: list[str] = field(default_factory=list)
 
     @property
     def peak_bytes(self) -> int:
@@ -153,6 +155,7 @@ class Plan:
             f"  {self.compiles} compilations, {self.planning_seconds:.1f} s planning, "
             f"{self.seconds:.1f} s in all",
         ]
+        lines += [f"  {loop}" for loop in self.loops]
         if self.collectives:
             counts = ", ".join(f"{count} {name}" for name, count in self.collectives.items())
             lines.append(f"  collectives: {counts}")
@@ -252,8 +255,8 @@ def _report(
         timeline=after.timeline,
         timeline_before=before.timeline,
         live_at_peak=live_at_peak(after),
-        residuals=[] if search is None else _decisions(search, attempt),
-        recompute_flops_fraction=_recomputed(search, attempt, before.program),
+        residuals=_decisions(attempt),
+        recompute_flops_fraction=_recomputed(first, attempt, before.program),
         predicted_step_seconds=after.seconds / target.count,
         unconstrained_step_seconds=before.seconds / target.count,
         gap=0.0 if decision is None else decision.gap,
@@ -261,12 +264,15 @@ def _report(
         planning_seconds=0.0 if search is None else search.planning_seconds,
         seconds=time.perf_counter() - start,
         collectives=attempt.collectives,
+        loops=[] if attempt.version is None else list(attempt.version.loops),
     )
 
 
-def _decisions(search: Search, attempt: Attempt) -> list[ResidualDecision]:
+def _decisions(attempt: Attempt) -> list[ResidualDecision]:
+    if attempt.version is None:
+        return []
     decision = attempt.modelled.decision
-    joint = search.planner.joint
+    joint = attempt.version.planner.joint
     made_by = {v: eqn for eqn in joint.forward.eqns for v in eqn.outvars}
     index_of = {v: i for i, eqn in enumerate(joint.forward.eqns) for v in eqn.outvars}
     rows = []
@@ -288,10 +294,7 @@ def _decisions(search: Search, attempt: Attempt) -> list[ResidualDecision]:
     return rows
 
 
-def _recomputed(search: Search | None, attempt: Attempt, whole: ClosedJaxpr) -> float:
-    decision = attempt.modelled.decision
-    if search is None or decision is None:
-        return 0.0
-    eqns = search.planner.joint.forward.eqns
-    again = sum(equation_cost(eqns[index]).flops for index in decision.again)
-    return again / max(1.0, program_cost(whole).flops)
+def _recomputed(first: Attempt, attempt: Attempt, whole: ClosedJaxpr) -> float:
+    """Operations that `attempt` has more than `first`, as a part of those of the whole program."""
+    before, after = (program_cost(one.modelled.program).flops for one in (first, attempt))
+    return max(0.0, after - before) / max(1.0, program_cost(whole).flops)

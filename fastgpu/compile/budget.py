@@ -51,6 +51,10 @@ class Attempt:
         return self.memory.peak_bytes
 
 
+# A plan, its version, and the attempt by which the model is corrected.
+_Planned = tuple[Version, Modelled, Attempt]
+
+
 @dataclass
 class Search:
     """What was compiled for one program and target; a later budget starts from what it found.
@@ -145,24 +149,13 @@ class Search:
             return 1.0
         return first.memory.temp_bytes / first.modelled.peak
 
-    def _plan(
-        self, budget: float, start: int, least: bool
-    ) -> tuple[Version, Modelled, Attempt] | None:
-        """The cheapest plan for `budget` bytes, its version, and the attempt that it relies on.
-
-        If there is none and `least` is asked for, the plan with the smallest peak.
-        """
+    def _plan(self, budget: float, start: int, least: bool) -> _Planned | None:
+        """The cheapest plan for `budget` bytes; or, if `least`, that with the smallest peak."""
         began = time.perf_counter()
         best = self._decide(self._original, budget, start)
         free = (1 + _CHEAP) * self.planner.unconstrained.seconds
         if best is None or best[1].seconds > free:
-            for version in self._others:
-                # Whatever is decided, it costs no less than keeping everything.
-                if best is not None and version.planner.unconstrained.seconds >= best[1].seconds:
-                    break
-                found = self._decide(version, budget, start)
-                if found is not None and (best is None or found[1].seconds < best[1].seconds):
-                    best = found
+            best = self._cheapest_version(best, budget, start)
         if best is None and least:
             plans = []
             for version in (self._original, *self._others):
@@ -172,17 +165,36 @@ class Search:
         self.planning_seconds += time.perf_counter() - began
         return best
 
+    def _cheapest_version(
+        self, best: _Planned | None, budget: float, start: int
+    ) -> _Planned | None:
+        """`best`, or a cheaper plan of another version."""
+        unfit = []
+        for version in self._others:
+            whole, anchor = version.planner.unconstrained, self._anchor(version, budget, start)
+            # Whatever is decided, it costs no less than keeping everything.
+            if best is not None and whole.seconds >= best[1].seconds:
+                break
+            if whole.peak <= self._allowed(anchor, budget):
+                best = version, whole, anchor
+                break
+            unfit.append(version)
+        for version in unfit:
+            found = self._decide(version, budget, start, thorough=best is None)
+            if found is not None and (best is None or found[1].seconds < best[1].seconds):
+                best = found
+        return best
+
     def _decide(
-        self, version: Version, budget: float, start: int
-    ) -> tuple[Version, Modelled, Attempt] | None:
+        self, version: Version, budget: float, start: int, thorough: bool = True
+    ) -> _Planned | None:
         """The decision for `budget` bytes if the model is off by as much as for the anchor."""
         anchor = self._anchor(version, budget, start)
-        allowed = anchor.modelled.peak + (budget - anchor.peak) / self._scale()
-        whole = version.planner.unconstrained
-        if version is not self._original and whole.peak <= allowed:
-            return version, whole, anchor
-        modelled = version.planner.decide(allowed)
+        modelled = version.planner.decide(self._allowed(anchor, budget), thorough)
         return None if modelled is None else (version, modelled, anchor)
+
+    def _allowed(self, anchor: Attempt, budget: float) -> float:
+        return anchor.modelled.peak + (budget - anchor.peak) / self._scale()
 
     def _anchor(self, version: Version, budget: float, start: int) -> Attempt:
         """The attempt that tells most about the next one: of the same version, recent, near."""

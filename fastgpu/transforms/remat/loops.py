@@ -71,6 +71,9 @@ def reshaped_loops(closed: ClosedJaxpr, temporary_bytes: int) -> Iterator[Reshap
     12 iterations, 4 of them in chunks of 1
     """
     least = _NOTABLE * temporary_bytes
+    scans = [_Loop(eqn) for eqn in walk(closed) if eqn.primitive.name == "scan"]
+    if not any(loop.may_change(least) for loop in scans):
+        return
     ways = [partial(_unrolling, most=_MOST_EQUATIONS)]
     ways += [partial(_chunking, part=part, bodies=b) for b in (False, True) for part in _PARTS]
     seen: set[tuple[str, ...]] = {()}

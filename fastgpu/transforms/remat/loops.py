@@ -270,8 +270,9 @@ def _chunked(loop: _Loop, count: int, size: int, *values: Any) -> list[Any]:
     grouped = [x[0] for x in parts]
     if size > 1:
         grouped = [x.reshape(count, size, *x.shape[1:]) for x in grouped]
-    # In the body of a loop nothing could be merged with its recomputation: no barrier is needed.
-    body = jax.checkpoint(chunk, prevent_cse=False)
+    # In the body of a loop nothing could be merged with its recomputation, and barriers would only
+    # be in the way; but a loop of one turn is no loop to the compiler.
+    body = jax.checkpoint(chunk, prevent_cse=count == 1)
     carry, ys = lax.scan(body, carry, grouped, length=count, reverse=loop.reverse)
     if size > 1:
         ys = [y.reshape(chunked, *y.shape[2:]) for y in ys]

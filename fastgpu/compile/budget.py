@@ -1,9 +1,11 @@
 """Close the loop: plan, compile, read the compiler's own peak, correct, at most four times."""
 
 import re
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from fastgpu.compile.live import live_at_peak
@@ -11,7 +13,6 @@ from fastgpu.compile.memory import MemoryReport, memory_report
 from fastgpu.errors import BudgetError, ConfigurationError
 from fastgpu.ir.compat import ClosedJaxpr
 from fastgpu.transforms.remat.decide import Modelled, Planner
-from fastgpu.transforms.remat.joint import Joint
 
 # Compiles everything around a joint program.
 Compile = Callable[[ClosedJaxpr], Any]
@@ -19,13 +20,23 @@ MOST_COMPILES = 4
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 # A plan this close to its budget is not worth another compile.
 _CLOSE = 0.96
+# A plan that costs no more than this part of the step is taken without looking for a cheaper one.
+_CHEAP = 0.01
+
+
+@dataclass(frozen=True)
+class Version:
+    """One way to write the program; `loops` says which loops are not as the user wrote them."""
+
+    planner: Planner
+    loops: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Attempt:
     """One compiled program: what the model predicted for it, and what the compiler said.
 
-    `joint` is what the program was made of; `None` for a function without a backward half. Of
+    `version` is the one of which `modelled` is a plan; `None` where nothing was to be planned. Of
     `accumulate_steps` microbatches, the program computes one.
     """
 
@@ -33,13 +44,17 @@ class Attempt:
     predicted_bytes: float | None
     memory: MemoryReport
     collectives: dict[str, int] = field(default_factory=dict)
-    joint: Joint | None = None
+    version: Version | None = None
     accumulate_steps: int = 1
 
     @property
     def peak(self) -> int:
         """The compiler's peak in bytes."""
         return self.memory.peak_bytes
+
+
+# A plan, its version, and the attempt by which the model is corrected.
+_Planned = tuple[Version, Modelled, Attempt]
 
 
 def _smaller_arguments(least: Attempt, budget: int) -> str:
@@ -55,14 +70,17 @@ class Search:
     """What was compiled for one program and target; a later budget starts from what it found.
 
     A smaller budget never gets a larger peak than a larger one did: every attempt and every answer
-    is kept, and a new answer lies between those for its neighbours. The planner sees one of
-    `accumulate_steps` microbatches, `compile` compiles them all. `default_budget` holds when none
-    is asked for. `ways_out(attempt, budget)` says what would need less than `attempt`, the least.
+    is kept, and a new answer lies between those for its neighbours. `alternatives` are other
+    versions of the program; they are made when `planner` does not meet a budget at next to no cost.
+    The planner sees one of `accumulate_steps` microbatches, `compile` compiles them all.
+    `default_budget` holds when none is asked for. `ways_out(attempt, budget)` says what would need
+    less than `attempt`, the least.
     """
 
     planner: Planner
     compile: Compile
     devices: int = 1
+    alternatives: Callable[[], Iterable[Version]] = tuple
     accumulate_steps: int = 1
     default_budget: int | None = None
     ways_out: Callable[[Attempt, int], str] = _smaller_arguments
@@ -79,8 +97,18 @@ class Search:
     def unconstrained(self) -> Attempt:
         """The program that keeps everything, compiled once."""
         if not self.attempts:
-            self._try(self.planner.unconstrained, None)
+            self._try(self._original, self.planner.unconstrained, None)
         return self.attempts[0]
+
+    @cached_property
+    def _original(self) -> Version:
+        return Version(self.planner)
+
+    @cached_property
+    def _others(self) -> list[Version]:
+        """The alternatives, that with the least to pay first."""
+        versions = self.alternatives()
+        return sorted(versions, key=lambda version: version.planner.unconstrained.seconds)
 
     def bytes_of(self, budget: int | float | str) -> int:
         """A budget in bytes, as `parse_budget` reads it."""
@@ -106,18 +134,18 @@ class Search:
             known = self._cheapest(budget)
             if known is not None and known.peak >= _CLOSE * budget:
                 break
-            # The last attempt is the nearest to what the next one will be.
-            nearest = min(self.attempts, key=lambda a: abs(a.peak - budget))
-            anchor = self.attempts[-1] if len(self.attempts) > start else nearest
-            modelled = self._plan(anchor, aim * budget, least=known is None)
-            if modelled is None:
+            planned = self._plan(aim * budget, start, least=known is None)
+            if planned is None:
+                break
+            version, modelled, anchor = planned
+            if known is not None and modelled.seconds >= known.modelled.seconds:
                 break
             if any(a.modelled.peak == modelled.peak for a in self.attempts):
                 aim -= 0.02
                 if aim < 0.9:
                     break
                 continue
-            self._try(modelled, self._predict(anchor, modelled))
+            self._try(version, modelled, self._predict(anchor, modelled))
         best = self._cheapest(budget)
         if best is None:
             raise self.infeasible(budget)
@@ -138,24 +166,72 @@ class Search:
             return 1.0
         return first.memory.temp_bytes / first.modelled.peak
 
-    def _plan(self, anchor: Attempt, budget: float, least: bool) -> Modelled | None:
-        """The decision for `budget` bytes if the model is off by as much as it was for `anchor`."""
-        allowed = anchor.modelled.peak + (budget - anchor.peak) / self.scale
-        modelled = self.planner.decide(allowed)
-        if modelled is None and least:
-            modelled = self.planner.least()
-        self.planning_seconds += 0.0 if modelled is None else modelled.planning_seconds
-        return modelled
+    def _plan(self, budget: float, start: int, least: bool) -> _Planned | None:
+        """The cheapest plan for `budget` bytes; or, if `least`, that with the smallest peak."""
+        began = time.perf_counter()
+        best = self._decide(self._original, budget, start)
+        free = (1 + _CHEAP) * self.planner.unconstrained.seconds
+        if best is None or best[1].seconds > free:
+            best = self._cheapest_version(best, budget, start)
+        if best is None and least:
+            plans = []
+            for version in (self._original, *self._others):
+                anchor = self._anchor(version, budget, start)
+                plans.append((version, version.planner.least(), anchor))
+            best = min(plans, key=lambda plan: self._predict(plan[2], plan[1]))
+        self.planning_seconds += time.perf_counter() - began
+        return best
+
+    def _cheapest_version(
+        self, best: _Planned | None, budget: float, start: int
+    ) -> _Planned | None:
+        """`best`, or a cheaper plan of another version."""
+        unfit = []
+        for version in self._others:
+            whole, anchor = version.planner.unconstrained, self._anchor(version, budget, start)
+            # Whatever is decided, it costs no less than keeping everything.
+            if best is not None and whole.seconds >= best[1].seconds:
+                break
+            if whole.peak <= self._allowed(anchor, budget):
+                best = version, whole, anchor
+                break
+            unfit.append(version)
+        for version in unfit:
+            found = self._decide(version, budget, start, thorough=best is None)
+            if found is not None and (best is None or found[1].seconds < best[1].seconds):
+                best = found
+        return best
+
+    def _decide(
+        self, version: Version, budget: float, start: int, thorough: bool = True
+    ) -> _Planned | None:
+        """The decision for `budget` bytes if the model is off by as much as for the anchor."""
+        anchor = self._anchor(version, budget, start)
+        modelled = version.planner.decide(self._allowed(anchor, budget), thorough)
+        return None if modelled is None else (version, modelled, anchor)
+
+    def _allowed(self, anchor: Attempt, budget: float) -> float:
+        return anchor.modelled.peak + (budget - anchor.peak) / self.scale
+
+    def _anchor(self, version: Version, budget: float, start: int) -> Attempt:
+        """The attempt that tells most about the next one: of the same version, recent, near."""
+        same = [a for a in self.attempts[start:] if a.version is version]
+        if same:
+            return same[-1]
+        known = [a for a in self.attempts if a.version is version] or [
+            a for a in self.attempts if a.version is self._original
+        ]
+        return min(known, key=lambda a: abs(a.peak - budget))
 
     def _predict(self, anchor: Attempt, modelled: Modelled) -> float:
         return anchor.peak + (modelled.peak - anchor.modelled.peak) * self.scale
 
-    def _try(self, modelled: Modelled, predicted: float | None) -> None:
+    def _try(self, version: Version, modelled: Modelled, predicted: float | None) -> None:
         compiled = self.compile(modelled.program)
         collectives = count_collectives(compiled.as_text()) if self.devices > 1 else {}
         memory = memory_report(compiled)
-        joint, steps = self.planner.joint, self.accumulate_steps
-        self.attempts.append(Attempt(modelled, predicted, memory, collectives, joint, steps))
+        steps = self.accumulate_steps
+        self.attempts.append(Attempt(modelled, predicted, memory, collectives, version, steps))
 
     def infeasible(self, budget: int) -> BudgetError:
         """The error that says what was found for `budget`."""

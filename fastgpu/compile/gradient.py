@@ -5,20 +5,26 @@ inside of a larger program, the gradients are the same and the decisions stay, b
 them needs memory of its own. `fastgpu.train_step(memory_budget=...)` counts the whole step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fastgpu.compile.budget import Search
+from fastgpu.compile.budget import Search, Version
 from fastgpu.compile.deviceless import compile_for, options_for, plain_shape, shape_of
 from fastgpu.errors import TraceError
 from fastgpu.hardware import Device, Target, resolve_target
-from fastgpu.ir.compat import ClosedJaxpr, Tracer, eval_jaxpr, platform
+from fastgpu.ir.compat import ClosedJaxpr, Tracer, eval_jaxpr, jaxpr_as_fun, platform
 from fastgpu.transforms import optimize, optimized_trace
-from fastgpu.transforms.remat import Planner, trace_joint
+from fastgpu.transforms.remat import (
+    Planner,
+    check_compress,
+    reshaped_loops,
+    shelves_for,
+    trace_joint,
+)
 
 
 def value_and_grad(
@@ -29,6 +35,7 @@ def value_and_grad(
     memory_budget: int | float | str | None = None,
     target: str | Device | Target | None = None,
     passes: Any = "default",
+    compress: str | None = None,
 ) -> "ValueAndGrad":
     """`jax.value_and_grad` of `fastgpu.optimize(fn)`, compiled to a peak within `memory_budget`.
 
@@ -39,11 +46,16 @@ def value_and_grad(
         the compiler's: arguments + results - aliases + temporaries + code, on one device.
       target: the device to plan for, such as "h100"; `None` is the one that JAX runs on.
       passes: handed to `fastgpu.optimize`.
+      compress: "int8" or "bfloat16" allows a plan to keep values for the backward half in fewer
+        bits, where that is cheaper than to compute them again. Gradients then differ a little: see
+        `ValueAndGrad.gradient_error`. `None` keeps them exact.
 
-    What the backward half needs and the budget does not allow to keep is computed again; the
-    gradients are the same. The decisions are made for each set of shapes, once. Composes with
-    `jit`, `vmap` and further differentiation, which all see plain equations. On a CPU the plan only
-    holds in programs compiled with `fastgpu.compile.options_for("cpu")`, as a direct call is.
+    What the backward half needs and the budget does not allow to keep is computed again or, on one
+    GPU, waits in the host's memory; the gradients are the same. The decisions are made for each
+    set of shapes, once. Composes with `jit`, `vmap` and further differentiation, which all see
+    plain equations (JAX cannot differentiate a copy to the host: plan with `target="cpu"` for
+    that). On a CPU the plan only holds in programs compiled with
+    `fastgpu.compile.options_for("cpu")`, as a direct call is.
 
     Raises `BudgetError` when no plan fits, with the smallest peak that was found; `TraceError` when
     the result is no real scalar or a differentiated argument is not floating-point.
@@ -57,7 +69,7 @@ def value_and_grad(
     >>> bool(jnp.allclose(grad, jax.grad(loss)(w, x), rtol=1e-5))
     True
     """
-    return ValueAndGrad(fn, argnums, has_aux, memory_budget, target, passes)
+    return ValueAndGrad(fn, argnums, has_aux, memory_budget, target, passes, compress)
 
 
 class ValueAndGrad:
@@ -71,7 +83,10 @@ class ValueAndGrad:
         memory_budget: int | float | str | None,
         target: str | Device | Target | None,
         passes: Any,
+        compress: str | None = None,
     ) -> None:
+        check_compress(compress)
+        self.compress = compress
         self.fn, self.argnums, self.has_aux = fn, argnums, has_aux
         self.memory_budget, self.target, self.passes = memory_budget, target, passes
         self._searches: dict[Any, tuple[Gradient, Search]] = {}
@@ -109,13 +124,25 @@ class ValueAndGrad:
 
         return search, build, (moving, rest)
 
+    def gradient_error(self, *args: Any) -> float:
+        """How far the plan's gradients for `args` are from exact ones, measured by running both.
+
+        The norm of the difference as a part of the norm, over all arguments together. Needs the
+        memory of the program without a budget.
+        """
+        assert self.memory_budget is not None
+        moving, rest = self._split(args, {})
+        _, search = self._search_for(moving, rest, self.target)
+        program = search.within(self.memory_budget).modelled.program
+        return gradient_distance(search.planner.unconstrained.program, program, moving, rest)
+
     def _search_for(self, moving: Any, rest: Any, target: Any) -> tuple["Gradient", Search]:
         leaves, tree = jax.tree.flatten((moving, rest))
         structs = [shape_of(leaf) for leaf in leaves]
         key = (tree, tuple((s.shape, s.dtype, s.weak_type, s.sharding) for s in structs), target)
         if key not in self._searches:
             moving, rest = jax.tree.unflatten(tree, structs)
-            gradient = Gradient(self._of_trees, moving, rest, target, self.passes)
+            gradient = Gradient(self._of_trees, moving, rest, target, self.passes, self.compress)
 
             def compiled(program: ClosedJaxpr) -> Any:
                 def run(moving: Any, rest: Any) -> Any:
@@ -166,14 +193,17 @@ class Gradient:
         rest: Any,
         target: str | Device | Target | None,
         passes: Any = "default",
+        compress: str | None = None,
     ) -> None:
         self.target = resolve_target(target)
+        shelves = shelves_for(self.target.device, compress)
+        # Copies to the host are not placed when a program is split over devices.
+        self.shelves = tuple(s for s in shelves if self.target.count == 1 or not s.host)
         moving_leaves, self.moving_tree = jax.tree.flatten(jax.tree.map(shape_of, moving))
         rest_leaves, self.rest_tree = jax.tree.flatten(jax.tree.map(shape_of, rest))
         _require_floating(moving)
         self.count = len(moving_leaves)
-        self.aux_tree: Any = None
-        structs = [plain_shape(s) for s in (*moving_leaves, *rest_leaves)]
+        self.structs = structs = [plain_shape(s) for s in (*moving_leaves, *rest_leaves)]
 
         def of_leaves(*leaves: Any) -> tuple[Any, Any]:
             moving = jax.tree.unflatten(self.moving_tree, leaves[: self.count])
@@ -182,19 +212,31 @@ class Gradient:
             _require_scalar(value)
             return value, aux
 
-        optimized = optimized_trace(of_leaves, structs, passes, self.target).as_fun()
+        traced = optimized_trace(of_leaves, structs, passes, self.target)
+        self.closed_jaxpr = traced.closed_jaxpr
+        _, self.aux_tree = traced.out_tree.children()
+        self.planner = self._planner(self.closed_jaxpr)
+        self.joint = self.planner.joint
+
+    def _planner(self, closed: ClosedJaxpr) -> Planner:
+        """A planner of the gradient of `closed`: leaves → scalar, then leaves of `aux`."""
+        run = jaxpr_as_fun(closed)
 
         def flat(*leaves: Any) -> tuple[list[Any], list[Any]]:
-            value, aux = optimized(*leaves)
-            aux_leaves, self.aux_tree = jax.tree.flatten(aux)
-            return [value], aux_leaves
+            value, *aux = run(*leaves)
+            return [value], aux
 
-        self.joint = trace_joint(flat, structs[: self.count], structs[self.count :])
-        self.planner = Planner(self.joint, self.target.device)
+        joint = trace_joint(flat, self.structs[: self.count], self.structs[self.count :])
+        return Planner(joint, self.target.device, self.shelves)
+
+    def _alternatives(self) -> Iterator[Version]:
+        """The gradient of the same function with its loops in another shape."""
+        for other in reshaped_loops(self.closed_jaxpr, self.planner.unconstrained.peak):
+            yield Version(self._planner(other.program), other.loops)
 
     def search(self, compiled: Callable[[ClosedJaxpr], Any]) -> Search:
         """A search over this gradient's programs, each compiled as `compiled(program)` does."""
-        return Search(self.planner, compiled, self.target.count)
+        return Search(self.planner, compiled, self.target.count, alternatives=self._alternatives)
 
     def evaluate(self, program: ClosedJaxpr, moving: Any, rest: Any) -> Any:
         """`((value, aux), gradients)` by `program`, one of the planner's."""
@@ -208,6 +250,25 @@ class Gradient:
         )
         aux = jax.tree.unflatten(self.aux_tree, aux)
         return (value, aux), jax.tree.unflatten(self.moving_tree, grads)
+
+
+def gradient_distance(exact: ClosedJaxpr, found: ClosedJaxpr, moving: Any, rest: Any) -> float:
+    """The relative distance of two programs' gradients by `moving`, both run on these arguments."""
+    leaves, count = jax.tree.leaves((moving, rest)), len(jax.tree.leaves(moving))
+
+    @jax.jit
+    def squares(*leaves: Any) -> tuple[jax.Array, jax.Array]:
+        a, b = (
+            jax.tree.leaves(eval_jaxpr(one.jaxpr, one.consts, *leaves, 1.0))[-count:]
+            for one in (exact, found)
+        )
+        apart = (jnp.sum((x - y).astype(jnp.float32) ** 2) for x, y in zip(a, b, strict=True))
+        return sum(apart, jnp.zeros(())), sum(
+            (jnp.sum(x.astype(jnp.float32) ** 2) for x in a), jnp.zeros(())
+        )
+
+    apart, size = squares(*leaves)
+    return float(jnp.sqrt(apart / size)) if size else 0.0
 
 
 def _require_floating(moving: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from fastgpu.errors import ConfigurationError, require
 from fastgpu.hardware import Device, Target, parse_target, resolve_target
 from fastgpu.ir.analysis import aval_bytes
 from fastgpu.ir.compat import ClosedJaxpr, Var, source_line
-from fastgpu.ir.cost import equation_cost, program_cost
+from fastgpu.ir.cost import program_cost
 from fastgpu.transforms.inline import inline_calls
 from fastgpu.transforms.remat import Modelled, modelled
 
@@ -31,11 +32,15 @@ from fastgpu.transforms.remat import Modelled, modelled
 _SHOWN = 12
 
 
+_WAITS = {"offload": "in the host's memory", "int8": "as int8", "bfloat16": "as bfloat16"}
+
+
 @dataclass(frozen=True)
 class ResidualDecision:
     """What becomes of one value that the backward half reads.
 
-    `decision` is "keep" or "recompute"; `seconds` is what computing it again costs.
+    `decision` is "keep", "recompute", "offload" (it waits in the host's memory), "int8" or
+    "bfloat16"; `seconds` is what computing it again costs.
     """
 
     primitive: str
@@ -54,9 +59,9 @@ class Plan:
     `memory` is the compiler's; `timeline` the model's temporaries while each equation runs,
     `timeline_before` the same without a budget. `predicted_peak_bytes` is what the model expected
     before the last compilation. `gap` bounds how far the recomputation's price may be above the
-    least possible for this cut of the program, as a fraction. With more than one of
-    `accumulate_steps`, timelines and residuals are those of one microbatch, seconds those of the
-    whole step.
+    least possible for this cut of the program, as a fraction. `loops` names the loops that were
+    unrolled or put in chunks. With more than one of `accumulate_steps`, timelines and residuals are
+    those of one microbatch, seconds those of the whole step.
     """
 
     target: str
@@ -77,6 +82,7 @@ class Plan:
     seconds: float
     collectives: dict[str, int] = field(default_factory=dict)
     accumulate_steps: int = 1
+    loops: list[str] = field(default_factory=list)
 
     @property
     def peak_bytes(self) -> int:
@@ -139,8 +145,12 @@ class Plan:
 
     def __str__(self) -> str:
         memory = self.memory
-        kept = sum(r.bytes for r in self.residuals if r.decision == "keep")
-        again = sum(r.bytes for r in self.residuals if r.decision != "keep")
+        sizes = Counter[str]()
+        for residual in self.residuals:
+            sizes[residual.decision] += residual.bytes
+        waiting = "".join(
+            f"{show_bytes(size)} {_WAITS[how]}, " for how, size in sizes.items() if how in _WAITS
+        )
         lines = [
             f"{self.target}: peak {show_bytes(self.peak_bytes)} of "
             f"{show_bytes(self.budget_bytes)}: {'fits' if self.fits else 'DOES NOT FIT'}",
@@ -150,7 +160,8 @@ class Plan:
             f"temporaries {show_bytes(memory.temp_bytes)}, code {show_bytes(memory.code_bytes)}",
             f"  without a budget: {show_bytes(self.unconstrained_peak_bytes)}; predicted before "
             f"compiling: {show_bytes(self.predicted_peak_bytes)}",
-            f"  for the backward half: {show_bytes(kept)} kept, {show_bytes(again)} recomputed "
+            f"  for the backward half: {show_bytes(sizes['keep'])} kept, {waiting}"
+            f"{show_bytes(sizes['recompute'])} recomputed "
             f"({self.recompute_flops_fraction:.1%} more operations)",
             f"  step, by roofline: {self.predicted_step_seconds * 1e3:.2f} ms "
             f"({self.extra_step_cost:+.1%})",
@@ -159,6 +170,7 @@ class Plan:
         ]
         if self.accumulate_steps > 1:
             lines.append(f"  gradients summed over {self.accumulate_steps} microbatches")
+        lines += [f"  {loop}" for loop in self.loops]
         if self.collectives:
             counts = ", ".join(f"{count} {name}" for name, count in self.collectives.items())
             lines.append(f"  collectives: {counts}")
@@ -265,7 +277,7 @@ def _report(
         timeline_before=shown_before.timeline,
         live_at_peak=live_at_peak(shown),
         residuals=_decisions(attempt),
-        recompute_flops_fraction=_recomputed(attempt, before.program),
+        recompute_flops_fraction=_recomputed(first, attempt, before.program),
         predicted_step_seconds=after.seconds / target.count,
         unconstrained_step_seconds=before.seconds / target.count,
         gap=0.0 if decision is None else decision.gap,
@@ -274,20 +286,24 @@ def _report(
         seconds=time.perf_counter() - start,
         collectives=attempt.collectives,
         accumulate_steps=attempt.accumulate_steps,
+        loops=[] if attempt.version is None else list(attempt.version.loops),
     )
 
 
 def _decisions(attempt: Attempt) -> list[ResidualDecision]:
-    decision, joint = attempt.modelled.decision, attempt.joint
-    if joint is None:
+    if attempt.version is None:
         return []
+    decision = attempt.modelled.decision
+    joint = attempt.version.planner.joint
     made_by = {v: eqn for eqn in joint.forward.eqns for v in eqn.outvars}
     index_of = {v: i for i, eqn in enumerate(joint.forward.eqns) for v in eqn.outvars}
     rows = []
     for v in dict.fromkeys(r for r in joint.residuals if isinstance(r, Var) and r in made_by):
         eqn, aval = made_by[v], v.aval
-        again = decision is not None and v in decision.problem.residuals and v not in decision.saved
-        seconds = decision.problem.seconds[index_of[v]] if decision is not None and again else 0.0
+        how = "keep" if decision is None else decision.of(v)
+        seconds = 0.0
+        if decision is not None and how == "recompute":
+            seconds = decision.problem.seconds[index_of[v]]
         rows.append(
             ResidualDecision(
                 eqn.primitive.name,
@@ -295,17 +311,16 @@ def _decisions(attempt: Attempt) -> list[ResidualDecision]:
                 str(aval.dtype),  # pyright: ignore[reportAttributeAccessIssue]
                 source_line(eqn),
                 aval_bytes(aval),
-                "recompute" if again else "keep",
+                how,
                 seconds,
             )
         )
     return rows
 
 
-def _recomputed(attempt: Attempt, whole: ClosedJaxpr) -> float:
-    decision, joint = attempt.modelled.decision, attempt.joint
-    if joint is None or decision is None:
-        return 0.0
-    eqns = joint.forward.eqns
-    again = sum(equation_cost(eqns[index]).flops for index in decision.again)
-    return attempt.accumulate_steps * again / max(1.0, program_cost(whole).flops)
+def _recomputed(first: Attempt, attempt: Attempt, whole: ClosedJaxpr) -> float:
+    """Operations that `attempt` has more than `first`, as a part of those of the whole program."""
+    before, after = (
+        one.accumulate_steps * program_cost(one.modelled.program).flops for one in (first, attempt)
+    )
+    return max(0.0, after - before) / max(1.0, program_cost(whole).flops)

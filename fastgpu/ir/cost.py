@@ -142,7 +142,7 @@ _NO_ARITHMETIC = frozenset(
         *("broadcast_in_dim", "reshape", "transpose", "squeeze", "slice", "dynamic_slice", "rev"),
         *("dynamic_update_slice", "gather", "concatenate", "pad", "iota", "copy", "split"),
         *("convert_element_type", "bitcast_convert_type", "stop_gradient", "select_n"),
-        *("optimization_barrier", "random_wrap", "random_unwrap", "random_seed"),
+        *("optimization_barrier", "device_put", "random_wrap", "random_unwrap", "random_seed"),
         *("sharding_constraint", "copy_p", "device_put"),
     )
 )

@@ -258,6 +258,7 @@ def _of_any_size(step: TrainStep) -> TrainStep:
         step.recompile,
         step.memory_budget,
         step.accumulate_steps,
+        compress=step.compress,
     )
 
 

@@ -18,10 +18,12 @@ import numpy as np
 import optax
 
 from fastgpu.compile import (
+    Attempt,
     CountSearch,
     Gradient,
     Search,
     compile_for,
+    gradient_distance,
     options_for,
     shape_of,
 )
@@ -43,6 +45,7 @@ from fastgpu.training.microbatch import (
 from fastgpu.training.state import TrainState, strong
 from fastgpu.training.ways_out import ways_out
 from fastgpu.transforms import optimize
+from fastgpu.transforms.remat import check_compress
 
 LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, tuple[Any, Mapping[str, Any]]]]
 
@@ -58,6 +61,7 @@ def train_step(
     memory_budget: int | float | str | None = None,
     accumulate_steps: int | Literal["auto"] = 1,
     global_batch: int | None = None,
+    compress: str | None = None,
 ) -> "TrainStep":
     """A compiled `(state, batch) -> (state, metrics)`.
 
@@ -86,6 +90,8 @@ def train_step(
       global_batch: the number of examples in a batch, those of all devices and hosts together;
         batches of another size are refused. `fastgpu.plan` takes the step to be for this size,
         whatever the size of the batch it is given.
+      compress: "int8" or "bfloat16" allows a plan to keep values for the backward half in fewer
+        bits; gradients then differ a little, as `TrainStep.gradient_error` measures.
 
     The metrics are `{"loss": loss, **metrics}`, on the device: a step never waits for them.
     Composes with `jax.jit` and `jax.lax.scan`; there, batches are not compared.
@@ -114,6 +120,7 @@ def train_step(
         memory_budget,
         accumulate_steps,
         global_batch,
+        compress,
     )
 
 
@@ -131,6 +138,7 @@ class TrainStep:
         memory_budget: int | float | str | None = None,
         accumulate_steps: int | Literal["auto"] = 1,
         global_batch: int | None = None,
+        compress: str | None = None,
     ) -> None:
         if recompile not in ("error", "allow"):
             raise ValueError(f"`recompile` is 'error' or 'allow', not {recompile!r}")
@@ -144,6 +152,8 @@ class TrainStep:
         self.memory_budget = memory_budget
         self.accumulate_steps: int | Literal["auto"] = accumulate_steps
         self.global_batch = global_batch
+        check_compress(compress)
+        self.compress = compress
         self._first_batch: tuple[dict[str, str], Any] | None = None
         self._known_batches: set[tuple[Any, ...]] = set()
         self._fresh = True
@@ -188,6 +198,21 @@ class TrainStep:
         if key not in self._searches:
             self._searches[key] = self._new_search(state, batch, target)
         return *self._searches[key], (state, batch)
+
+    def gradient_error(self, state: TrainState, batch: Any) -> float:
+        """How far the plan's gradients are from exact ones, measured by running both.
+
+        The norm of the difference as a part of the norm, for the first microbatch. Needs the memory
+        of the microbatch's step without a budget. 0.0 for a step that is not planned.
+        """
+        if not self._plans:
+            return 0.0
+        attempt, _ = self._attempt(state, batch)
+        assert attempt.version is not None
+        exact = attempt.version.planner.unconstrained.program
+        microbatch = jax.tree.map(lambda leaf: leaf[:: attempt.accumulate_steps], batch)
+        rest = (state.model_state, microbatch, jax.random.fold_in(state.rng, state.step))
+        return gradient_distance(exact, attempt.modelled.program, state.params, rest)
 
     def compile(self, state: TrainState, batch: Any, target: Any = None) -> Any:
         """The step without a memory budget, compiled for `target` (by default its own), not run."""
@@ -240,7 +265,12 @@ class TrainStep:
             microbatch = batch
         rng = jax.eval_shape(lambda rng, step: jax.random.fold_in(rng, step), state.rng, state.step)
         gradient = Gradient(
-            loss_of, state.params, (state.model_state, microbatch, rng), target, self.passes
+            loss_of,
+            state.params,
+            (state.model_state, microbatch, rng),
+            target,
+            self.passes,
+            self.compress,
         )
 
         def build(program: ClosedJaxpr) -> Callable[..., Any]:
@@ -271,10 +301,14 @@ class TrainStep:
 
     def _planned(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         self._require_examples(batch)
+        attempt, build = self._attempt(state, batch)
+        return build(attempt.modelled.program)(state, batch)
+
+    def _attempt(self, state: TrainState, batch: Any) -> tuple[Attempt, Callable[..., Any]]:
         search, build, _ = self.search((state, batch), None)
         budget = search.default_budget if self.memory_budget is None else self.memory_budget
         assert budget is not None
-        return build(search.within(budget).modelled.program)(state, batch)
+        return search.within(budget), build
 
     def _donation(self) -> dict[str, Any]:
         return {"donate_argnums": (0,) if self.donate else ()}

@@ -31,6 +31,9 @@ def plan(
     accumulate_steps: Annotated[
         str, typer.Option(help="Microbatches for each batch: a number, or auto.")
     ] = "1",
+    compress: Annotated[
+        str | None, typer.Option(help="Values may wait in fewer bits: int8 or bfloat16.")
+    ] = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="Inputs are token numbers.")] = False,
     labels: Annotated[
         str | None,
@@ -85,7 +88,7 @@ def plan(
         loss_fn = gather_params(loss_fn, mesh)
         state, batch = shard_fsdp(state, batch, mesh)
     steps = int(accumulate_steps) if accumulate_steps.isdigit() else accumulate_steps
-    step = fgpu.train_step(loss_fn, tx, accumulate_steps=steps)  # pyright: ignore[reportArgumentType]
+    step = fgpu.train_step(loss_fn, tx, accumulate_steps=steps, compress=compress)  # pyright: ignore[reportArgumentType]
     report = fgpu.plan(step, state, batch, target=target, memory_budget=memory_budget)
     for path in save or ():
         report.save(path)

@@ -83,8 +83,11 @@ class Planner:
         self._solvers: dict[Cut, Solver] = {}
         self._by_segments: dict[Any, Solver] = {}
 
-    def decide(self, budget: float) -> Modelled | None:
-        """The cheapest decision found whose modelled peak is at most `budget` bytes, or `None`."""
+    def decide(self, budget: float, thorough: bool = True) -> Modelled | None:
+        """The cheapest decision found whose modelled peak is at most `budget` bytes, or `None`.
+
+        When the solver has none, and the search is `thorough`, decisions near its least are tried.
+        """
         start = time.perf_counter()
         best: Modelled | None = None
         fitting = 0
@@ -97,6 +100,8 @@ class Planner:
                 fitting += 1
                 if best is None or found.seconds < best.seconds:
                     best = found
+        if best is None and not thorough:
+            return None
         if best is None:
             frugal = [found for found in self._frugal if found.peak <= budget]
             if not frugal:

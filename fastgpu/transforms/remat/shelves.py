@@ -129,20 +129,23 @@ INT8 = Shelf(
 _PACKED = {shelf.name: shelf for shelf in (BFLOAT16, INT8)}
 
 
-def shelves_for(device: Device, compress: str | None) -> tuple[Shelf, ...]:
-    """The shelves that a plan for `device` may use.
-
-    Raises `ConfigurationError` for a `compress` that is not `None`, "bfloat16" or "int8".
-
-    >>> from fastgpu.hardware import device
-    >>> [shelf.name for shelf in shelves_for(device("h100"), "int8")]
-    ['offload', 'int8']
-    """
+def check_compress(compress: str | None) -> None:
+    """Raise `ConfigurationError` for a `compress` that is not `None`, "bfloat16" or "int8"."""
     if compress is not None and compress not in _PACKED:
         raise ConfigurationError(
             f"residuals cannot be compressed as {compress!r}",
             expected=f"None, {' or '.join(map(repr, _PACKED))}",
             got=repr(compress),
         )
+
+
+def shelves_for(device: Device, compress: str | None) -> tuple[Shelf, ...]:
+    """The shelves that a plan for `device` may use; raises as `check_compress` does.
+
+    >>> from fastgpu.hardware import device
+    >>> [shelf.name for shelf in shelves_for(device("h100"), "int8")]
+    ['offload', 'int8']
+    """
+    check_compress(compress)
     host = (HOST,) if device.host_link else ()
     return (*host, *((_PACKED[compress],) if compress else ()))

@@ -39,6 +39,13 @@ class Decision:
     seconds: float
     bound: float
 
+    def of(self, residual: Var) -> str:
+        """What is done about a residual: "keep", "recompute", or the shelf that it waits on."""
+        if residual not in self.problem.residuals or residual in self.saved:
+            return "keep"
+        shelf = self.shelved.get(self.problem.view.root[residual])
+        return "recompute" if shelf is None else shelf.name
+
     @property
     def gap(self) -> float:
         """How far the decision may be from the best, as a fraction of its price."""

@@ -7,9 +7,11 @@ import jax
 
 from fastgpu.compile import Attempt, Gradient, show_bytes
 from fastgpu.errors import FastGPUError
+from fastgpu.ir.analysis import aval_bytes
 from fastgpu.optimizers import compressed
 from fastgpu.training.microbatch import batch_examples, divisors, resized
 from fastgpu.training.state import TrainState
+from fastgpu.transforms.remat.shelves import INT8
 
 # Devices over which a split is shown: those of one host, as most are built.
 _HOST = 8
@@ -27,6 +29,7 @@ def ways_out(
     def text(least: Attempt, budget: int) -> str:
         ways = [
             *_smaller_batch(step, state, batch, gradient, least, budget),
+            *_compressed_residuals(step, least),
             *_compressed_state(step, state),
             f"split state and batch with fastgpu.shard_fsdp: over {_HOST} devices, up to "
             f"{show_bytes(least.peak * (1 - 1 / _HOST))} less on each",
@@ -78,6 +81,18 @@ def _part_that_scales(
     rest = (state.model_state, resized(batch, examples), rng)
     small = Gradient(loss_of, state.params, rest, gradient.target, step.passes, step.compress)
     return max(0.0, 1 - small.planner.unconstrained.peak / whole) if whole else 0.0
+
+
+def _compressed_residuals(step: Any, least: Attempt) -> list[str]:
+    decision = least.modelled.decision
+    if step.compress is not None or decision is None:
+        return []
+    packed = [v.aval for v in decision.saved if INT8.takes(v.aval)]
+    saved = sum(aval_bytes(aval) - INT8.device_bytes(aval) for aval in packed)
+    return [
+        "let what is kept for the backward half wait in 8 bits with compress='int8' (gradients "
+        f"then differ a little): up to {show_bytes(saved)} less"
+    ]
 
 
 def _compressed_state(step: Any, state: TrainState) -> list[str]:

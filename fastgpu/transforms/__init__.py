@@ -83,7 +83,7 @@ DEFAULT_PASSES: tuple[Pass, ...] = (
         "row_pick",
         "forward",
         lambda closed, context: ir.rewrite(closed, {"gather": row_pick.rule}),
-        "a label's logit by comparison: its gradient scatters into no second array of logits",
+        "a label's logit by comparison: its gradient is a mask, not a scatter into zeros",
         platforms=("cuda",),
     ),
     Pass("dce", "forward", _plain(remove_dead_code), "what nobody reads is not computed"),

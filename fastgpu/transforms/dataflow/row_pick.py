@@ -1,8 +1,8 @@
 """One element of each row, as the label's logit in a cross-entropy, by comparison.
 
 The gradient of such a gather is a scatter into an array of zeros as large as what was gathered
-from: for a vocabulary of 50,000 that is a second array of logits. The gradient of a masked sum is
-a mask, which compilers fuse into whatever reads it. The sum has one term that is not zero: exact.
+from: for logits of 50,000 words three more passes over memory. The gradient of a masked sum is a
+mask, which compilers fuse into whatever reads it. The sum has one term that is not zero: exact.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def rule(eqn: JaxprEqn) -> Callable[..., jax.Array] | None:
     def pick(operand: jax.Array, index: jax.Array) -> jax.Array:
         index = index.reshape([1 if d == axis else n for d, n in enumerate(aval.shape)])
         inside = (index >= 0) & (index < aval.shape[axis])
-        if mode == lax.GatherScatterMode.CLIP:
+        if mode != lax.GatherScatterMode.FILL_OR_DROP:
             index = jnp.clip(index, 0, aval.shape[axis] - 1)
         places = lax.broadcasted_iota(index.dtype, aval.shape, axis)
         zero = jnp.zeros((), aval.dtype)

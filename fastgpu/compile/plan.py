@@ -37,7 +37,7 @@ _WAITS = {"offload": "in the host's memory", "int8": "as int8", "bfloat16": "as 
 
 @dataclass(frozen=True)
 class ResidualDecision:
-    """What becomes of one value that the backward half reads.
+    """What becomes of one value that the backward half reads, or is computed again from.
 
     `decision` is "keep", "recompute", "offload" (it waits in the host's memory), "int8" or
     "bfloat16"; `seconds` is what computing it again costs.
@@ -298,7 +298,12 @@ def _decisions(attempt: Attempt) -> list[ResidualDecision]:
     made_by = {v: eqn for eqn in joint.forward.eqns for v in eqn.outvars}
     index_of = {v: i for i, eqn in enumerate(joint.forward.eqns) for v in eqn.outvars}
     rows = []
-    for v in dict.fromkeys(r for r in joint.residuals if isinstance(r, Var) and r in made_by):
+    # Residuals, and what is kept because residuals are computed again from it.
+    values = dict.fromkeys(r for r in joint.residuals if isinstance(r, Var) and r in made_by)
+    if decision is not None:
+        kept = (*decision.saved, *decision.shelved)
+        values.update(dict.fromkeys(sorted(kept, key=lambda v: index_of[v])))
+    for v in values:
         eqn, aval = made_by[v], v.aval
         how = "keep" if decision is None else decision.of(v)
         seconds = 0.0

@@ -128,7 +128,7 @@ def pose(
     backward_seconds = [
         sum(equation_seconds(view, eqns[i], device) for i in span) for span in spans
     ]
-    movable = _movable(needed & stored, view, small, shelves)
+    movable = _movable(needed & stored, residuals - free, view, small, shelves)
     return Problem(
         joint,
         device,
@@ -173,13 +173,23 @@ def _ahead(
 
 
 def _movable(
-    values: frozenset[Var], view: Storage, small: float, shelves: tuple[Shelf, ...]
+    values: frozenset[Var],
+    residuals: frozenset[Var],
+    view: Storage,
+    small: float,
+    shelves: tuple[Shelf, ...],
 ) -> dict[Var, tuple[Shelf, ...]]:
-    """For values with bytes of their own, the shelves that take them."""
+    """For values with bytes of their own, the shelves that take them.
+
+    Only what the backward half itself reads may lose bits: a residual that is computed again from
+    an inexact value can be much further off (an attention's weights from its scores).
+    """
     movable = {}
+    read = {view.root[v] for v in residuals}
     for v in values:
         if view.root[v] is v and aval_bytes(v.aval) > small:
-            taken = tuple(shelf for shelf in shelves if shelf.takes(v.aval))
+            fitting = (shelf for shelf in shelves if shelf.exact or v in read)
+            taken = tuple(shelf for shelf in fitting if shelf.takes(v.aval))
             if taken:
                 movable[v] = taken
     return movable

@@ -39,11 +39,11 @@ class Decision:
     seconds: float
     bound: float
 
-    def of(self, residual: Var) -> str:
-        """What is done about a residual: "keep", "recompute", or the shelf that it waits on."""
-        if residual not in self.problem.residuals or residual in self.saved:
+    def of(self, value: Var) -> str:
+        """What is done about a value: "keep", "recompute", or the shelf that it waits on."""
+        shelf = self.shelved.get(self.problem.view.root[value])
+        if value in self.saved or (shelf is None and value not in self.problem.residuals):
             return "keep"
-        shelf = self.shelved.get(self.problem.view.root[residual])
         return "recompute" if shelf is None else shelf.name
 
     @property

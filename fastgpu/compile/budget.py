@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastgpu.compile.live import live_at_peak
-from fastgpu.compile.memory import MemoryReport, memory_report
+from fastgpu.compile.memory import MemoryReport, memory_report, return_freed_memory
 from fastgpu.errors import BudgetError, ConfigurationError
 from fastgpu.ir.compat import ClosedJaxpr
 from fastgpu.transforms.remat.decide import Modelled, Planner
@@ -133,6 +133,8 @@ class Search:
         compiled = self.compile(modelled.program)
         collectives = count_collectives(compiled.as_text()) if self.devices > 1 else {}
         self.attempts.append(Attempt(modelled, predicted, memory_report(compiled), collectives))
+        del compiled
+        return_freed_memory()
 
     def _infeasible(self, budget: int) -> BudgetError:
         least = min(self.attempts, key=lambda a: a.peak)

@@ -27,6 +27,7 @@ import by_hand
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 
 import fastgpu as fgpu
 from fastgpu import models
@@ -48,6 +49,7 @@ class Network:
 
 
 TRANSFORMER = (transformer.TransformerBlock, "__call__")
+DENSE = (nn.Dense, "__call__")
 NETWORKS = {
     "resnet50": Network("resnet50", 184, (resnet.Bottleneck, "__call__")),
     "vgg16": Network("vgg16", 176, (vgg.VGG, "_stage")),
@@ -67,7 +69,10 @@ NETWORKS = {
 }
 # Seconds instead of minutes, to try this program out.
 SMALL = {"width": 128, "heads": 2, "depth": 6, "context": 128, "vocab_size": 512}
-TRIALS = {"gpt-tiny": Network("gpt2-small", 64, TRANSFORMER, (128,), jnp.int32, SMALL)}
+TRIALS = {
+    "gpt-tiny": Network("gpt2-small", 64, TRANSFORMER, (128,), jnp.int32, SMALL),
+    "mlp": Network("mlp", 1 << 15, DENSE, (256,), settings={"hidden": (256,) * 16}),
+}
 BUDGETS = (0.7, 0.5, 0.35)
 SWEEP_STEPS = 20
 

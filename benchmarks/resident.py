@@ -39,7 +39,7 @@ class Run:
     model: str
     settings: dict[str, Any]
     batches: Callable[[int], list[dict[str, np.ndarray]]]
-    budgets: tuple[str, ...] = field(default=("70%", "50%"))
+    budgets: tuple[str, ...] = field(default=("60%", "50%"))
 
 
 def repeating_text(count: int) -> list[dict[str, np.ndarray]]:
@@ -51,13 +51,13 @@ def repeating_text(count: int) -> list[dict[str, np.ndarray]]:
 
 
 def digits(count: int) -> list[dict[str, np.ndarray]]:
-    """Batches of 1024 digits, enlarged from 8 to 32 pixels."""
+    """Batches of 768 digits, enlarged from 8 to 64 pixels."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
-    images = np.kron(images.reshape(-1, 8, 8, 1) / 16, np.ones((4, 4, 1))).astype(np.float32)
+    images = np.kron(images.reshape(-1, 8, 8, 1) / 16, np.ones((8, 8, 1))).astype(np.float32)
     rng = np.random.default_rng(0)
-    picks = [rng.permutation(len(labels))[:1024] for _ in range(count)]
+    picks = [rng.permutation(len(labels))[:768] for _ in range(count)]
     return [{"inputs": images[pick], "labels": labels[pick].astype(np.int32)} for pick in picks]
 
 
@@ -71,9 +71,10 @@ def blobs(count: int) -> list[dict[str, np.ndarray]]:
 
 
 GPT = {"depth": 8, "width": 256, "heads": 4, "context": 256, "vocab_size": 512}
+RESNET = {"width": 32, "stage_sizes": (6, 2, 2), "num_classes": 10}
 RUNS = {
     "gpt": Run("gpt2-small", GPT, repeating_text),
-    "resnet": Run("resnet18", {"width": 32, "num_classes": 10}, digits),
+    "resnet": Run("resnet18", RESNET, digits, ("80%", "65%")),
     "mlp": Run("mlp", {"hidden": (256,) * 16, "num_classes": 10, "dropout": 0.0}, blobs),
 }
 STEPS = 5

@@ -68,7 +68,7 @@ NETWORKS = {
     "vit-b16": Network("vit-b16", 64, TRANSFORMER),
 }
 # Seconds instead of minutes, to try this program out.
-SMALL = {"width": 128, "heads": 2, "depth": 6, "context": 128, "vocab_size": 512}
+SMALL = {"width": 128, "heads": 2, "depth": 4, "context": 128, "vocab_size": 512}
 TRIALS = {
     "gpt-tiny": Network("gpt2-small", 64, TRANSFORMER, (128,), jnp.int32, SMALL),
     "mlp": Network("mlp", 1 << 15, DENSE, (256,), settings={"hidden": (256,) * 16}),

@@ -1,23 +1,29 @@
-"""Memory budgets on a GPU that is not there: peak, prediction, cost, beside `jax.checkpoint`.
+"""Memory budgets on a GPU that is not there: peak, prediction, cost, beside what people do by hand.
 
-    python benchmarks/remat.py --networks resnet50,gpt2-small --json benchmarks/results/remat.json
+    python benchmarks/remat.py --by-hand --json benchmarks/results/remat.json
+    python benchmarks/remat.py --networks resnet50 --budgets= --sweep --json ...   # the sweep alone
 
 Every peak is XLA's own figure for an H100, compiled on this machine without one. Costs are roofline
-seconds of the whole step, for fastgpu's plan and for the hand-written policies alike. Those put
-`jax.checkpoint` around every block of the model, with each of JAX's named policies.
-A network takes minutes: a compilation is 10 to 60 s on two cores.
+seconds of the whole step, for fastgpu's plan and for what is written by hand alike.
+A network takes minutes, with `--by-hand` or `--sweep` half an hour: a compilation is 10 to 60 s on
+two cores. The file keeps the figures of networks and parts that a run leaves out.
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
 import time
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import by_hand
 import jax
 import jax.numpy as jnp
 import optax
@@ -25,31 +31,56 @@ from flax import linen as nn
 
 import fastgpu as fgpu
 from fastgpu import models
-from fastgpu.compile.plan import modelled_whole
-from fastgpu.hardware import device
-from fastgpu.models import googlenet, llama, mobilenet, resnet, transformer, unet
+from fastgpu.compile import Plan, Search, show_bytes
+from fastgpu.models import googlenet, llama, mobilenet, resnet, transformer, unet, vgg
+from fastgpu.training.step import TrainStep
 
-IMAGE, TOKENS = ((224, 224, 3), jnp.float32), ((1024,), jnp.int32)
-# name: batch, one example's shape and dtype, settings, blocks that a person would checkpoint
+
+@dataclass(frozen=True)
+class Network:
+    """A model of `fastgpu.models`, a batch, and the block that a person would checkpoint."""
+
+    model: str
+    batch: int
+    block: by_hand.Block
+    shape: tuple[int, ...] = (224, 224, 3)
+    dtype: Any = jnp.float32
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+TRANSFORMER = (transformer.TransformerBlock, "__call__")
+DENSE = (nn.Dense, "__call__")
 NETWORKS = {
-    "resnet50": (184, IMAGE, {}, (resnet.Bottleneck,)),
-    "vgg16": (176, IMAGE, {}, ()),
-    "mobilenetv2": (272, IMAGE, {}, (mobilenet.InvertedResidual,)),
-    "unet": (11, IMAGE, {}, (unet.DoubleConv,)),
-    "googlenet": (320, IMAGE, {}, (googlenet.Inception,)),
-    "gpt2-small": (8, TOKENS, {}, (transformer.TransformerBlock,)),
-    "llama-1b": (4, ((2048,), jnp.int32), {"dtype": jnp.bfloat16}, (llama.LlamaBlock,)),
-    "vit-b16": (64, IMAGE, {}, (transformer.TransformerBlock,)),
+    "resnet50": Network("resnet50", 184, (resnet.Bottleneck, "__call__")),
+    "vgg16": Network("vgg16", 176, (vgg.VGG, "_stage")),
+    "mobilenetv2": Network("mobilenetv2", 272, (mobilenet.InvertedResidual, "__call__")),
+    "unet": Network("unet", 11, (unet.DoubleConv, "__call__")),
+    "googlenet": Network("googlenet", 320, (googlenet.Inception, "__call__")),
+    "gpt2-small": Network("gpt2-small", 8, TRANSFORMER, (1024,), jnp.int32),
+    "llama-1b": Network(
+        "llama-1b",
+        4,
+        (llama.LlamaBlock, "__call__"),
+        (2048,),
+        jnp.int32,
+        {"dtype": jnp.bfloat16},
+    ),
+    "vit-b16": Network("vit-b16", 64, TRANSFORMER),
 }
-POLICIES = ("nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable")
+# Seconds instead of minutes, to try this program out.
+SMALL = {"width": 128, "heads": 2, "depth": 4, "context": 128, "vocab_size": 512}
+TRIALS = {
+    "gpt-tiny": Network("gpt2-small", 64, TRANSFORMER, (128,), jnp.int32, SMALL),
+    "mlp": Network("mlp", 1 << 15, DENSE, (256,), settings={"hidden": (256,) * 16}),
+}
 BUDGETS = (0.7, 0.5, 0.35)
+SWEEP_STEPS = 20
 
 
-def build(name: str):
+def build(network: Network) -> tuple[TrainStep, Any, Any]:
     """The step, and the shapes that it is for."""
-    batch, (shape, dtype), settings, _ = NETWORKS[name]
-    module = models.create(name, **settings)
-    x = jax.ShapeDtypeStruct((batch, *shape), dtype)
+    module = models.create(network.model, **network.settings)
+    x = jax.ShapeDtypeStruct((network.batch, *network.shape), network.dtype)
     variables = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(x.shape, x.dtype)))
     out = jax.eval_shape(module.apply, variables, x)
     labels = jax.ShapeDtypeStruct(out.shape[:-1], jnp.int32)
@@ -59,106 +90,175 @@ def build(name: str):
     return fgpu.train_step(loss, tx), state, {"inputs": x, "labels": labels}
 
 
-def by_hand(name: str, target: str) -> list[dict]:
-    """Peak and cost of the step with every block under `jax.checkpoint`, for each policy."""
-    rows = []
-    blocks = NETWORKS[name][3]
-    for policy in POLICIES if blocks else ():
-        originals = [(block, block.__call__) for block in blocks]
-        for block, call in originals:
-            block.__call__ = checkpointed(call, getattr(jax.checkpoint_policies, policy))
+class Measured:
+    """One network's step; every budget asks the same search, which keeps what it compiled."""
+
+    def __init__(self, name: str, network: Network, target: str) -> None:
+        self.name, self.network, self.target = name, network, target
+        self.step, self.state, self.batch = build(network)
+        self.start = time.perf_counter()
+        self.base = self.plan(None)
+        print(
+            f"{name}, batch {network.batch}, {target}: {show_bytes(self.base.peak_bytes)}",
+            flush=True,
+        )
+
+    def plan(self, budget: int | None) -> Plan:
+        """The compiler's figures within a budget."""
+        return fgpu.plan(
+            self.step, self.state, self.batch, target=self.target, memory_budget=budget
+        )
+
+    def unconstrained(self) -> dict:
+        """The figures without a budget, for the file."""
+        return {
+            "network": self.name,
+            "batch": self.network.batch,
+            "unconstrained_peak_bytes": self.base.peak_bytes,
+            "unconstrained_step_seconds": self.base.predicted_step_seconds,
+            "arguments_bytes": self.base.memory.argument_bytes,
+        }
+
+    def within(self, part: float) -> dict:
+        """What a budget of `part` of the unconstrained peak leads to."""
+        whole = self.base.peak_bytes
+        budget = int(part * whole)
         try:
-            step, state, batch = build(name)
-            search, whole, args = step.search((state, batch), target)
-            first = search.unconstrained
-            model = modelled_whole(whole(first.modelled.program), args, device(target))
-            peak = first.peak
-            rows.append({"policy": policy, "peak_bytes": peak, "step_seconds": model.seconds})
-        finally:
-            for block, call in originals:
-                block.__call__ = call
+            found = self.plan(budget)
+        except fgpu.errors.BudgetError as error:
+            print(f"  {part:.1%}: infeasible; least {error.least_bytes / whole:.1%}", flush=True)
+            return {"budget": part, "feasible": False, "least_bytes": error.least_bytes}
+        row = {
+            "budget": part,
+            "feasible": True,
+            "met": found.fits,
+            "peak_bytes": found.peak_bytes,
+            "prediction_error": found.predicted_peak_bytes / found.peak_bytes - 1,
+            "extra_step_cost": found.extra_step_cost,
+            "recompute_flops_fraction": found.recompute_flops_fraction,
+            "gap": found.gap,
+            "compiles": found.compiles,
+            "planning_seconds": found.planning_seconds,
+        }
+        print(
+            f"  {part:.1%}: peak {found.peak_bytes / whole:.1%}, predicted "
+            f"{row['prediction_error']:+.2%}, step {found.extra_step_cost:+.1%}, gap "
+            f"{found.gap:.2%}, {found.compiles} compiles so far, "
+            f"{time.perf_counter() - self.start:.0f} s",
+            flush=True,
+        )
+        return row
+
+    def sweep(self) -> list[dict]:
+        """Budgets falling in equal steps from the whole peak until one is infeasible."""
+        search, _, _ = self.step.search((self.state, self.batch), self.target)
+        assert isinstance(search, Search)
+        saved = search.planner.unconstrained.peak - search.planner.least().peak
+        step = (1 - 0.97 * (1 - saved / self.base.peak_bytes)) / (SWEEP_STEPS - 1)
+        rows = [self.within(1.0)]
+        while rows[-1]["feasible"] and step * len(rows) < 1:
+            rows.append(self.within(1 - step * len(rows)))
+        return rows
+
+
+def violations(sweep: list[dict], whole: int) -> list[str]:
+    """Where a smaller budget compiled to a larger peak, or a peak is above its budget."""
+    found = []
+    feasible = [row for row in sweep if row["feasible"]]
+    for row in feasible:
+        if row["peak_bytes"] > row["budget"] * whole:
+            found.append(f"{row['budget']:.1%}: the peak is {row['peak_bytes'] / whole:.1%}")
+    for before, after in itertools.pairwise(feasible):
+        if after["peak_bytes"] > before["peak_bytes"]:
+            found.append(
+                f"{before['budget']:.1%} to {after['budget']:.1%}: the peak rises from "
+                f"{before['peak_bytes']:,} to {after['peak_bytes']:,} bytes"
+            )
+    if sweep[-1]["feasible"] or len(sweep) < SWEEP_STEPS:
+        found.append(f"the sweep ended after {len(sweep)} of {SWEEP_STEPS} steps")
+    return found
+
+
+def measured_by_hand(network: Network, target: str) -> list[dict]:
+    """Peak and cost of the step in every way that `by_hand` knows."""
+    known: dict[str, dict] = {}
+    rows = []
+    for way, context in by_hand.ways(network.block, partial(build, network)).items():
+        row = {"policy": way, **by_hand.measure(context, partial(build, network), target, known)}
+        print(f"  by hand, {way}: peak {show_bytes(row['peak_bytes'])}", flush=True)
+        rows.append(row)
     return rows
 
 
-def checkpointed(call, policy):
-    """A block's method under `jax.checkpoint`; keywords such as `train` are no arrays."""
-
-    def under_checkpoint(self, x, **settings):
-        return nn.remat(lambda block, x: call(block, x, **settings), policy=policy)(self, x)
-
-    return under_checkpoint
-
-
-def measure(name: str, target: str, budgets: tuple[float, ...]) -> dict:
-    step, state, batch = build(name)
-    start = time.perf_counter()
-    base = fgpu.plan(step, state, batch, target=target)
-    result = {
-        "network": name,
-        "batch": NETWORKS[name][0],
-        "unconstrained_peak_bytes": base.peak_bytes,
-        "unconstrained_step_seconds": base.predicted_step_seconds,
-        "arguments_bytes": base.memory.argument_bytes,
-        "plans": [],
-    }
-    print(
-        f"{name}, batch {NETWORKS[name][0]}, {target}: {base.peak_bytes / 2**30:.2f} GiB",
-        flush=True,
-    )
-    for part in budgets:
-        budget = int(part * base.peak_bytes)
-        try:
-            found = fgpu.plan(step, state, batch, target=target, memory_budget=budget)
-        except fgpu.errors.BudgetError as error:
-            row = {"budget": part, "feasible": False, "least_bytes": error.least_bytes}
-            print(f"  {part:.0%}: infeasible; least {error.least_bytes / base.peak_bytes:.1%}")
-        else:
-            row = {
-                "budget": part,
-                "feasible": True,
-                "met": found.fits,
-                "peak_bytes": found.peak_bytes,
-                "prediction_error": found.predicted_peak_bytes / found.peak_bytes - 1,
-                "extra_step_cost": found.extra_step_cost,
-                "recompute_flops_fraction": found.recompute_flops_fraction,
-                "gap": found.gap,
-                "compiles": found.compiles,
-                "planning_seconds": found.planning_seconds,
+def beside(result: dict) -> list[dict]:
+    """For each budget fastgpu's cost, and that of the cheapest way by hand within it."""
+    whole = result["unconstrained_peak_bytes"]
+    rows = []
+    for plan in result.get("plans", ()):
+        fitting = [row for row in result["by_hand"] if row["peak_bytes"] <= plan["budget"] * whole]
+        best = min(fitting, key=lambda row: row["step_seconds"], default=None)
+        cost = best and best["step_seconds"] / result["unconstrained_step_seconds"] - 1
+        rows.append(
+            {
+                "budget": plan["budget"],
+                "extra_step_cost": plan.get("extra_step_cost"),
+                "by_hand": best and best["policy"],
+                "by_hand_extra_step_cost": cost,
             }
-            print(
-                f"  {part:.0%}: peak {found.peak_bytes / base.peak_bytes:.1%}, predicted "
-                f"{row['prediction_error']:+.2%}, step {found.extra_step_cost:+.1%}, gap "
-                f"{found.gap:.2%}, {found.compiles} compiles so far, "
-                f"{time.perf_counter() - start:.0f} s",
-                flush=True,
-            )
-        result["plans"].append(row)
-    return result
+        )
+    return rows
+
+
+def show_by_hand(result: dict) -> None:
+    for row in result["by_hand"]:
+        peak = row["peak_bytes"] / result["unconstrained_peak_bytes"]
+        cost = row["step_seconds"] / result["unconstrained_step_seconds"] - 1
+        print(f"  {row['policy']:<50} peak {peak:6.1%}, step {cost:+6.1%}")
+    for row in result["beside"]:
+        ours, theirs = row["extra_step_cost"], row["by_hand_extra_step_cost"]
+        print(
+            f"  {row['budget']:.0%}: "
+            + ("infeasible" if ours is None else f"step {ours:+.1%}")
+            + "; by hand "
+            + ("none fits" if theirs is None else f"{theirs:+.1%} ({row['by_hand']})"),
+            flush=True,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--target", default="h100")
-    parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
-    parser.add_argument("--by-hand", action="store_true", help="also the jax.checkpoint policies")
+    parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="parts; may be none")
+    parser.add_argument("--by-hand", action="store_true", help="also jax.checkpoint, RematScope")
+    parser.add_argument("--sweep", action="store_true", help="also 20 falling budgets; rising: 1")
     parser.add_argument("--json", type=Path, help="add the figures to this file")
     options = parser.parse_args()
+    budgets = [float(part) for part in options.budgets.split(",") if part]
     known = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    failed = False
     for name in options.networks.split(","):
-        if name not in NETWORKS:
-            sys.exit(f"{name!r} is none of {', '.join(NETWORKS)}")
-        budgets = tuple(float(part) for part in options.budgets.split(","))
-        result = measure(name, options.target, budgets)
+        network = (NETWORKS | TRIALS).get(name)
+        if network is None:
+            sys.exit(f"{name!r} is none of {', '.join(NETWORKS | TRIALS)}")
+        result = known.setdefault(name, {})
+        measured = Measured(name, network, options.target)
+        result |= measured.unconstrained()
+        if budgets:
+            result["plans"] = [measured.within(part) for part in budgets]
+        if options.sweep:
+            result["sweep"] = measured.sweep()
+            for violation in violations(result["sweep"], measured.base.peak_bytes):
+                print(f"  VIOLATION {violation}", flush=True)
+                failed = True
         if options.by_hand:
-            result["by_hand"] = by_hand(name, options.target)
-            for row in result["by_hand"]:
-                peak = row["peak_bytes"] / result["unconstrained_peak_bytes"]
-                cost = row["step_seconds"] / result["unconstrained_step_seconds"] - 1
-                print(f"  by hand, {row['policy']}: peak {peak:.1%}, step {cost:+.1%}", flush=True)
-        known[name] = result
+            result["by_hand"] = measured_by_hand(network, options.target)
+        if "by_hand" in result:
+            result["beside"] = beside(result)
+            show_by_hand(result)
         if options.json:
             options.json.write_text(json.dumps(known, indent=1) + "\n")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

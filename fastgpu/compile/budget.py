@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from fastgpu.compile.live import live_at_peak
-from fastgpu.compile.memory import MemoryReport, memory_report
+from fastgpu.compile.memory import MemoryReport, memory_report, return_freed_memory
 from fastgpu.errors import BudgetError, ConfigurationError
 from fastgpu.ir.compat import ClosedJaxpr
 from fastgpu.transforms.remat.decide import Modelled, Planner
@@ -232,6 +232,8 @@ class Search:
         memory = memory_report(compiled)
         steps = self.accumulate_steps
         self.attempts.append(Attempt(modelled, predicted, memory, collectives, version, steps))
+        del compiled
+        return_freed_memory()
 
     def infeasible(self, budget: int) -> BudgetError:
         """The error that says what was found for `budget`."""

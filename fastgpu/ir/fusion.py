@@ -9,6 +9,7 @@ The warning: this is a model. It ranks plans and prices them; a compiled program
 (`fastgpu.compile.memory_report`) is what counts.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -113,6 +114,14 @@ class Storage:
             if not isinstance(v, DropVar) and self.root[v] is v and v in self.stored
         ]
 
+    def reordered(self, jaxpr: Jaxpr) -> "Storage":
+        """The storage of `jaxpr`: the same equations in another order, so the same values stored.
+
+        What is fused depends on who reads a value, not on when.
+        """
+        last = _last_reads(jaxpr, self.root, self.stored)
+        return Storage(jaxpr, self.root, self.stored, last, self.sources)
+
     @cached_property
     def borders(self) -> frozenset[Var]:
         """Inputs and outputs of the program: buffers of their own, no temporaries."""
@@ -160,16 +169,23 @@ def storage(jaxpr: Jaxpr) -> Storage:
             else:
                 sources[out] = behind
 
-    last = {v: len(eqns) for v in given_out}
-    for index in range(len(eqns) - 1, -1, -1):
-        eqn = eqns[index]
+    return Storage(jaxpr, root, frozenset(stored), _last_reads(jaxpr, root, stored), sources)
+
+
+def _last_reads(jaxpr: Jaxpr, root: dict[Var, Var], stored: Set[Var]) -> dict[Var, int]:
+    """For each root the last equation that reads its bytes, by itself or through fused readers."""
+    last = {root[v]: len(jaxpr.eqns) for v in jaxpr.outvars if isinstance(v, Var)}
+    for index in range(len(jaxpr.eqns) - 1, -1, -1):
+        eqn = jaxpr.eqns[index]
         if is_view(eqn):
             continue
-        fused = is_fusible(eqn) and not any(root[v] in stored for v in eqn.outvars)
-        used = max((last.get(root[v], -1) for v in eqn.outvars), default=-1) if fused else index
-        for v in {root[v] for v in eqn.invars if isinstance(v, Var)}:
-            last[v] = max(last.get(v, -1), used)
-    return Storage(jaxpr, root, frozenset(stored), last, sources)
+        used = index
+        if is_fusible(eqn) and not any(root[v] in stored for v in eqn.outvars):
+            used = max((last.get(root[v], -1) for v in eqn.outvars), default=-1)
+        for v in eqn.invars:
+            if isinstance(v, Var) and last.get(root[v], -1) < used:
+                last[root[v]] = used
+    return last
 
 
 def _stored_behind(

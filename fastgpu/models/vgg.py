@@ -84,20 +84,24 @@ class VGG(nn.Module):
         """Class logits of `x`; `train=True` drops units and needs the rng "dropout"."""
         config = self.config
         self._check_image(x.shape)
-        # Nothing normalizes in between: without this variance the signal fades on its way up.
-        kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
-        conv = partial(nn.Conv, padding=1, dtype=self.dtype, kernel_init=kernel_init)
         dense = partial(nn.Dense, dtype=self.dtype, kernel_init=nn.initializers.normal(0.01))
 
         for i, (size, channels) in enumerate(zip(config.stage_sizes, config.channels, strict=True)):
-            for j in range(size):
-                x = nn.relu(conv(channels, (3, 3), name=f"stage{i + 1}_conv{j + 1}")(x))
-            x = nn.max_pool(x, (2, 2), strides=(2, 2))  # [N, H / 2**(i + 1), ..., channels]
+            x = self._stage(x, size=size, channels=channels, name=f"stage{i + 1}")
         x = x.reshape(x.shape[0], -1)  # [N, H * W * C]
         for i in (1, 2):
             x = nn.relu(dense(config.dense, name=f"dense{i}")(x))
             x = nn.Dropout(config.dropout, deterministic=not train)(x)
         return dense(config.num_classes, name="head")(x).astype(jnp.float32)  # [N, num_classes]
+
+    def _stage(self, x: jax.Array, *, size: int, channels: int, name: str) -> jax.Array:
+        """`[N, H, W, C]` to `[N, H / 2, W / 2, channels]`; its layers belong to the VGG itself."""
+        # Nothing normalizes in between: without this variance the signal fades on its way up.
+        kernel_init = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
+        conv = partial(nn.Conv, padding=1, dtype=self.dtype, kernel_init=kernel_init)
+        for j in range(size):
+            x = nn.relu(conv(channels, (3, 3), name=f"{name}_conv{j + 1}")(x))
+        return nn.max_pool(x, (2, 2), strides=(2, 2))
 
     def _check_image(self, shape: tuple[int, ...]) -> None:
         smallest = self.config.smallest

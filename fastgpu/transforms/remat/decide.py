@@ -11,7 +11,7 @@ from fastgpu.hardware import Device
 from fastgpu.ir.compat import ClosedJaxpr
 from fastgpu.ir.fusion import Storage, program_seconds, storage, temporary_bytes
 from fastgpu.transforms.remat.joint import Joint, flat_program
-from fastgpu.transforms.remat.problem import Cut, pose
+from fastgpu.transforms.remat.problem import Cut, Survey, pose, segments, survey
 from fastgpu.transforms.remat.rewrite import rematerialized
 from fastgpu.transforms.remat.shelves import Shelf
 from fastgpu.transforms.remat.solve import Decision, Solver
@@ -132,9 +132,8 @@ class Planner:
 
     def _best_cuts(self, value: Callable[[Solver], float]) -> list[tuple[float, Solver]]:
         """Solvers of several cuts and their values, lowest first; infinite ones left out."""
-        small = min(_SMALL, self.unconstrained.peak / 2000)
         peak = self.unconstrained.peak
-        cuts = [Cut(peak / division, small) for division in _DIVISIONS]
+        cuts = [Cut(peak / division) for division in _DIVISIONS]
         found = {solver: value(solver) for solver in map(self._solver, cuts)}
         best = min(cuts, key=lambda cut: found[self._solver(cut)])
         for change in _VARIATIONS:
@@ -146,11 +145,19 @@ class Planner:
         finite = [(cost, solver) for solver, cost in found.items() if math.isfinite(cost)]
         return sorted(finite, key=lambda one: one[0])
 
+    @cached_property
+    def _survey(self) -> Survey:
+        small = min(_SMALL, self.unconstrained.peak / 2000)
+        view = self.unconstrained.view
+        return survey(self.joint, view, self.device, small, self.shelves)
+
     def _solver(self, cut: Cut) -> Solver:
         if cut not in self._solvers:
-            problem = pose(self.joint, self.unconstrained.view, self.device, cut, self.shelves)
-            key = tuple(problem.segment_of), cut.in_order
-            self._solvers[cut] = self._by_segments.setdefault(key, Solver(problem))
+            segment_of = segments(self._survey, cut)
+            key = tuple(segment_of), cut.in_order
+            if key not in self._by_segments:
+                self._by_segments[key] = Solver(pose(self._survey, cut, segment_of))
+            self._solvers[cut] = self._by_segments[key]
         return self._solvers[cut]
 
     def _fit(self, solver: Solver, budget: float) -> Modelled | None:

@@ -20,7 +20,6 @@ from fastgpu.ir.fusion import (
     is_fusible,
     is_in_place,
     is_view,
-    storage,
 )
 from fastgpu.transforms.remat.joint import Joint, flat_program
 from fastgpu.transforms.remat.shelves import Shelf
@@ -52,7 +51,6 @@ class Cut:
     """
 
     segment_bytes: float
-    small_bytes: float
     taper: float = 0.5
     in_order: bool = True
 
@@ -103,70 +101,107 @@ class Problem:
         return not self.joint.forward.eqns[index].effects
 
 
-def pose(
-    joint: Joint, view: Storage, device: Device, cut: Cut, shelves: tuple[Shelf, ...] = ()
-) -> Problem:
-    """Cut and price `joint`, of whose flat program `view` is the storage."""
-    forward, small = joint.forward, cut.small_bytes
-    producer = {v: i for i, eqn in enumerate(forward.eqns) for v in eqn.outvars}
-    residuals = frozenset(v for v in joint.residuals if isinstance(v, Var) and v in producer)
-    segment_of = _segments(joint, view, producer, cut)
-    count = segment_of[-1] + 1 if segment_of else 0
-    if cut.in_order and not joint.backward.effects:
-        joint = _segment_by_segment(joint, segment_of, producer, small)
-        view = storage(flat_program(joint).jaxpr)
-    seconds = [equation_seconds(view, eqn, device) for eqn in forward.eqns]
+@dataclass(frozen=True)
+class Survey:
+    """What is to know of `joint` before it is cut: see `Problem` for the names.
+
+    `view` is the storage of its flat program. `crossing[i]` are the bytes that forward equations
+    after i read, `gathered[i]` those of equation i's results that the backward half reads.
+    """
+
+    joint: Joint
+    device: Device
+    view: Storage
+    small: float
+    producer: dict[Var, int]
+    residuals: frozenset[Var]
+    stored: frozenset[Var]
+    free: frozenset[Var]
+    needed: frozenset[Var]
+    movable: dict[Var, tuple[Shelf, ...]]
+    seconds: list[float]
+    crossing: list[int]
+    gathered: list[int]
+
+
+def survey(
+    joint: Joint, view: Storage, device: Device, small: float, shelves: tuple[Shelf, ...] = ()
+) -> Survey:
+    """Price `joint` and sort its values; those of at most `small` bytes are not decided about."""
+    eqns = joint.forward.eqns
+    producer = {v: i for i, eqn in enumerate(eqns) for v in eqn.outvars}
     stored = frozenset(v for v in producer if view.is_stored(v))
     free = _free(joint, stored, small)
-    needed = _needed(joint, residuals - free, producer, free)
-    decided = {v: i for v, i in producer.items() if v not in free and aval_bytes(v.aval) > small}
-    spans = _backward_spans(joint, view, segment_of, decided, count)
+    residuals = {v for v in joint.residuals if isinstance(v, Var) and v in producer} - free
+    needed = _needed(joint, residuals, producer, free)
+    gathered = [0] * len(eqns)
+    for v, index in producer.items():
+        if v in view.stored and view.last.get(v, -1) >= len(eqns):
+            gathered[index] += aval_bytes(v.aval)
+    return Survey(
+        joint,
+        device,
+        view,
+        small,
+        producer,
+        frozenset(residuals),
+        stored,
+        free,
+        needed,
+        _movable(needed & stored, residuals, view, small, shelves),
+        [equation_seconds(view, eqn, device) for eqn in eqns],
+        _crossing_bytes(joint, view),
+        gathered,
+    )
+
+
+def pose(known: Survey, cut: Cut, segment_of: list[int]) -> Problem:
+    """The problem of `known`, cut by `segments(known, cut)`."""
+    joint, view, device = known.joint, known.view, known.device
+    count = segment_of[-1] + 1 if segment_of else 0
+    if cut.in_order and not joint.backward.effects:
+        joint = _segment_by_segment(joint, segment_of, known.producer, known.small)
+        view = view.reordered(flat_program(joint).jaxpr)
+    spans = _backward_spans(known, view, segment_of, count)
     forward_seconds = [0.0] * max(count, 1)
-    for index, price in enumerate(seconds):
+    for index, price in enumerate(known.seconds):
         forward_seconds[segment_of[index]] += price
     eqns = view.jaxpr.eqns
     backward_seconds = [
         sum(equation_seconds(view, eqns[i], device) for i in span) for span in spans
     ]
-    movable = _movable(needed & stored, residuals - free, view, small, shelves)
     return Problem(
         joint,
         device,
         segment_of,
         count,
-        seconds,
+        known.seconds,
         _windows(joint, view, spans, device.platform),
         _forward_base(joint, view, segment_of, count, device.platform),
-        stored,
-        residuals - free,
-        producer,
+        known.stored,
+        known.residuals,
+        known.producer,
         view,
-        needed,
-        free,
-        small,
-        movable,
+        known.needed,
+        known.free,
+        known.small,
+        known.movable,
         forward_seconds,
         backward_seconds,
-        _ahead(movable, segment_of, producer, backward_seconds, device),
+        _ahead(known, segment_of, backward_seconds),
     )
 
 
-def _ahead(
-    movable: dict[Var, tuple[Shelf, ...]],
-    segment_of: Sequence[int],
-    producer: dict[Var, int],
-    seconds: Sequence[float],
-    device: Device,
-) -> list[int]:
+def _ahead(known: Survey, segment_of: Sequence[int], seconds: Sequence[float]) -> list[int]:
     largest = [0] * len(seconds)
-    for v, shelves in movable.items():
+    for v, shelves in known.movable.items():
         if any(shelf.host for shelf in shelves):
-            k = segment_of[producer[v]]
+            k = segment_of[known.producer[v]]
             largest[k] = max(largest[k], aval_bytes(v.aval))
     ahead = []
     for k, size in enumerate(largest):
         most = max(1, min(_MOST_AHEAD, len(seconds) - 1 - k))
-        reach = itertools.accumulate(_HIDDEN * t * device.host_link for t in seconds[k + 1 :])
+        reach = itertools.accumulate(_HIDDEN * t * known.device.host_link for t in seconds[k + 1 :])
         enough = next((i + 1 for i, moved in enumerate(reach) if moved >= size), most)
         ahead.append(min(most, enough))
     return ahead
@@ -174,7 +209,7 @@ def _ahead(
 
 def _movable(
     values: frozenset[Var],
-    residuals: frozenset[Var],
+    residuals: set[Var],
     view: Storage,
     small: float,
     shelves: tuple[Shelf, ...],
@@ -206,8 +241,9 @@ def _segment_by_segment(
     residual_of = dict(zip(joint.backward_residuals, joint.residuals, strict=True))
     level: dict[Var, int] = {}
     levels = []
+    last_segment = max(segment_of, default=0)
     for eqn in joint.backward.eqns:
-        lowest = max(segment_of, default=0)
+        lowest = last_segment
         for v in eqn.invars:
             if not isinstance(v, Var):
                 continue
@@ -224,25 +260,15 @@ def _segment_by_segment(
     return replace(joint, backward=joint.backward.replace(eqns=eqns))
 
 
-def _segments(
-    joint: Joint,
-    view: Storage,
-    producer: dict[Var, int],
-    cut: Cut,
-) -> list[int]:
+def segments(known: Survey, cut: Cut) -> list[int]:
     """Cut where the fewest bytes cross, when half to one and a half of a segment gathered."""
-    eqns = joint.forward.eqns
-    crossing = _crossing_bytes(joint, view)
-    gathered = [0] * len(eqns)
-    for v, index in producer.items():
-        if v in view.stored and view.last.get(v, -1) >= len(eqns):
-            gathered[index] += aval_bytes(v.aval)
+    crossing, gathered = known.crossing, known.gathered
     whole = sum(gathered) or 1
     done = list(itertools.accumulate(gathered, initial=0))
     outstanding = 4 * whole / max(1, sum(size > 0 for size in gathered))
     cuts: list[int] = []
     start = 0
-    for position in range(len(eqns)):
+    for position in range(len(gathered)):
         size = cut.segment_bytes * (1 + cut.taper * (1 - 2 * done[position] / whole))
         before, total = done[position] - done[start], done[position + 1] - done[start]
         # A value that stands out starts a segment, with what little goes before it: nothing else
@@ -258,7 +284,7 @@ def _segments(
             cuts.append(min(range(first, position + 2), key=lambda p: (crossing[p - 1], -p)))
         start = cuts[-1] if cuts else 0
     labels, label = [], 0
-    for index in range(len(eqns)):
+    for index in range(len(gathered)):
         if label < len(cuts) and index == cuts[label]:
             label += 1
         labels.append(label)
@@ -292,17 +318,19 @@ def _crossing_bytes(joint: Joint, view: Storage) -> list[int]:
 
 
 def _backward_spans(
-    joint: Joint, view: Storage, segment_of: Sequence[int], producer: dict[Var, int], count: int
+    known: Survey, view: Storage, segment_of: Sequence[int], count: int
 ) -> list[list[int]]:
     """For each segment, the equations of its backward half."""
-    whole = view.jaxpr
+    decided = {
+        v: segment_of[index]
+        for v, index in known.producer.items()
+        if v not in known.free and aval_bytes(v.aval) > known.small
+    }
     spans: list[list[int]] = [[] for _ in range(max(count, 1))]
     current = max(count - 1, 0)
-    for index in range(len(joint.forward.eqns), len(whole.eqns)):
+    for index in range(len(known.joint.forward.eqns), len(view.jaxpr.eqns)):
         reads = [
-            segment_of[producer[v]]
-            for v in whole.eqns[index].invars
-            if isinstance(v, Var) and v in producer
+            decided[v] for v in view.jaxpr.eqns[index].invars if isinstance(v, Var) and v in decided
         ]
         if reads:
             current = min(current, max(reads))
@@ -361,7 +389,7 @@ def _held(view: Storage, start: int, stop: int, last: dict[Var, int], platform: 
 
 
 def _needed(
-    joint: Joint, residuals: frozenset[Var], producer: dict[Var, int], free: frozenset[Var]
+    joint: Joint, residuals: set[Var], producer: dict[Var, int], free: frozenset[Var]
 ) -> frozenset[Var]:
     """Residuals, and every forward value that they are computed from."""
     pending = list(residuals)

@@ -122,11 +122,15 @@ class Solver:
         """All inequalities; the budget is a variable, of which `bounds` knows the size."""
         problem = self.problem
         eqns = problem.joint.forward.eqns
-        entries: list[tuple[int, int, float]] = []
-        limits: list[float] = []
+        columns: list[int] = []
+        values: list[float] = []
+        ends, limits = [0], list[float]()
 
         def row(terms: list[tuple[int, float]], limit: float) -> None:
-            entries.extend((len(limits), variable, value) for variable, value in terms)
+            for variable, value in terms:
+                columns.append(variable)
+                values.append(value)
+            ends.append(len(columns))
             limits.append(limit)
 
         for v in problem.residuals:
@@ -199,7 +203,8 @@ class Solver:
             row(terms, -problem.forward_base[k] / _MIB)
         for terms, limit in self._link_rows(leaving, fetched):
             row(terms, limit)
-        matrix: Any = _sparse(entries, len(limits), self.size)
+        matrix: Any = csr_array((values, columns, ends), shape=(len(limits), self.size))
+        matrix.sum_duplicates()
         below: Any = np.array(limits)
         return LinearConstraint(matrix, -np.inf, below)
 
@@ -314,10 +319,3 @@ class Solver:
             constraints=self.rows,
             options=options,
         )
-
-
-def _sparse(entries: list[tuple[int, int, float]], rows: int, columns: int) -> csr_array:
-    if not entries:
-        return csr_array((rows, columns))
-    row, column, value = zip(*entries, strict=True)
-    return csr_array((value, (row, column)), shape=(rows, columns))

@@ -44,6 +44,7 @@ _REDUCTIONS = frozenset(
     (
         *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"),
         *("argmax", "argmin", "reduce_xor"),
+        *("reduce_window_max", "reduce_window_min", "reduce_window_sum", "select_and_scatter_add"),
     )
 )
 # Too dear to be computed once for every reader.
@@ -313,7 +314,7 @@ def _shares_bytes_with(eqn: JaxprEqn, index: int) -> Any:
 def _is_stored(eqn: JaxprEqn, out: Var, readers: list[JaxprEqn], behind: frozenset[Var]) -> bool:
     if not is_fusible(eqn):
         return True
-    if any(not is_fusible(r) and r.primitive.name not in _REDUCTIONS for r in readers):
+    if any(not is_fusible(r) and stands_for(r)[0] not in _REDUCTIONS for r in readers):
         return True
     size = aval_bytes(out.aval)
     if is_dear(eqn) and len(readers) > 1:

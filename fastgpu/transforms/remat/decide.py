@@ -10,6 +10,7 @@ from typing import Any
 from fastgpu.hardware import Device
 from fastgpu.ir.compat import ClosedJaxpr
 from fastgpu.ir.fusion import Storage, program_seconds, storage, temporary_bytes
+from fastgpu.transforms.remat.clipped import masks_of_results
 from fastgpu.transforms.remat.joint import Joint, flat_program
 from fastgpu.transforms.remat.problem import Cut, Survey, pose, segments, survey
 from fastgpu.transforms.remat.rewrite import rematerialized
@@ -78,7 +79,7 @@ class Planner:
     """
 
     def __init__(self, joint: Joint, device: Device, shelves: tuple[Shelf, ...] = ()) -> None:
-        self.joint, self.device, self.shelves = joint, device, shelves
+        self.joint, self.device, self.shelves = masks_of_results(joint), device, shelves
         self.unconstrained = modelled(flat_program(joint), device)
         self._solvers: dict[Cut, Solver] = {}
         self._by_segments: dict[Any, Solver] = {}
@@ -148,7 +149,7 @@ class Planner:
     @cached_property
     def _survey(self) -> Survey:
         small = min(_SMALL, self.unconstrained.peak / 2000)
-        view = self.unconstrained.view
+        view = storage(flat_program(self.joint).jaxpr)
         return survey(self.joint, view, self.device, small, self.shelves)
 
     def _solver(self, cut: Cut) -> Solver:

@@ -134,7 +134,9 @@ class Search:
             known = self._cheapest(budget)
             if known is not None and known.peak >= _CLOSE * budget:
                 break
-            planned = self._plan(aim * budget, start, least=known is None)
+            # What was missed once is missed again by less than that.
+            missed = self.attempts[-1].peak / budget - 1 if len(self.attempts) > start else 0.0
+            planned = self._plan((aim - max(0.0, missed)) * budget, start, least=known is None)
             if planned is None:
                 break
             version, modelled, anchor = planned
@@ -146,8 +148,6 @@ class Search:
                     break
                 continue
             self._try(version, modelled, self._predict(anchor, modelled))
-            # What was missed once is missed again by less than that.
-            aim -= max(0.0, self.attempts[-1].peak / budget - 1)
         best = self._cheapest(budget)
         if best is None:
             raise self.infeasible(budget)

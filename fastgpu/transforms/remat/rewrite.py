@@ -174,14 +174,9 @@ class _Emitter:
                 if isinstance(v, Var) and v in problem.residuals and v not in saved
             } - opened
             opened |= needed
-            dear = [k for k in needed if self._restored(k) or self._costs(k)]
-            # What costs nothing to compute again is left to the compiler, which finds it kept.
-            if dear:
-                opens_at[index] = sorted(dear, reverse=True)
+            if needed:
+                opens_at[index] = sorted(needed, reverse=True)
         return opens_at
-
-    def _costs(self, k: int) -> bool:
-        return any(self.problem.seconds[index] > 0 for index in self._wanted(k))
 
     def _restored(self, k: int) -> list[Var]:
         """Values that come back from their shelves for segment `k`, in order."""

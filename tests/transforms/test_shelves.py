@@ -84,7 +84,8 @@ def test_the_compiler_takes_offloaded_values_off_the_device():
     before = memory_report(compiled(found.unconstrained.program)).temp_bytes
     temp = memory_report(program).temp_bytes
     assert temp < 0.75 * before
-    assert temp == pytest.approx(planned.peak, rel=0.15)
+    # The compiler keeps up to two more values while copies are under way.
+    assert temp == pytest.approx(planned.peak, abs=2.1 * (1 << 17) * WIDTH * 4)
 
 
 def test_offloaded_values_come_back_as_they_were():
@@ -93,8 +94,8 @@ def test_offloaded_values_come_back_as_they_were():
     planned = found.decide(0.7 * found.unconstrained.peak)
     assert "offload" in kinds(planned)
     exact = run(found.unconstrained.program, batch)
-    for a, b in zip(run(planned.program, batch), exact, strict=True):
-        np.testing.assert_array_max_ulp(np.asarray(a), np.asarray(b), maxulp=64)
+    # What is computed again beside them may be fused otherwise: float32 roundings.
+    assert relative_distance(run(planned.program, batch), exact) < 1e-6
 
 
 def test_a_cpu_has_no_host_to_offload_to():

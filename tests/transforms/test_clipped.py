@@ -65,6 +65,21 @@ def test_other_comparisons_stay(activation):
     assert any(stayed)
 
 
+def test_inputs_that_the_gradient_reads_anyway_are_compared():
+    def normalized(x, w):
+        x = x @ w
+        x = (x - jnp.mean(x, 0)) * jax.lax.rsqrt(jnp.var(x, 0) + 1e-3)
+        return [jnp.sum(jax.nn.relu(x) @ w)], []
+
+    def added(x, w):
+        y = x @ w
+        return [jnp.sum(jax.nn.relu(y / jnp.std(y, 0) + x) @ w)], []
+
+    for fn, asks_result in ((normalized, False), (added, True)):
+        joint = masks_of_results(trace_joint(fn, [X, W], []))
+        assert ("custom_jvp_call" in compared(joint)) == asks_result
+
+
 def test_a_plan_keeps_one_of_two_arrays_for_each_layer_at_no_cost():
     def deep(*leaves):
         *weights, x = leaves

@@ -1,14 +1,16 @@
 """Gradients of clipped values ask the result, not the input, where it was clipped.
 
 JAX keeps `x > 0` for the gradient of y = max(x, 0), and so x, or what it is made of. y > 0 says the
-same, not-a-numbers included, and y is what the next layer keeps anyway.
+same, not-a-numbers included, and y is what the next layer keeps anyway. Where the gradient needs
+what x is made of in any case, as that of a batch norm does, asking y would be one more read.
 """
 
 from dataclasses import replace
 from typing import Any
 
 from fastgpu.ir.compat import JaxprEqn, Literal, Var, sub_jaxprs
-from fastgpu.transforms.remat.joint import Joint
+from fastgpu.ir.fusion import Storage, storage
+from fastgpu.transforms.remat.joint import Joint, flat_program
 
 _CALLS = ("custom_jvp_call", "jit", "pjit")
 # The comparisons of an input that its clipped result answers as well, by the bound that they name.
@@ -26,12 +28,23 @@ def masks_of_results(joint: Joint) -> Joint:
     >>> mask.primitive.name, mask.invars[0] is relu.outvars[0]
     ('gt', True)
     """
+    view = storage(flat_program(joint).jaxpr)
+    read = {
+        stored
+        for v in joint.residuals
+        if isinstance(v, Var) and v.aval.dtype != bool
+        for stored in _made_of(view, v)
+    }
     # For each clipped input: the result, and the bound of each side.
     results: dict[Var, tuple[Var, dict[str, Any]]] = {}
     eqns = []
     for eqn in joint.forward.eqns:
         source, bounds = _clips(eqn)
         if isinstance(source, Var) and bounds:
+            made_of = _made_of(view, source)
+            if len(made_of) == 1 and made_of <= read:
+                eqns.append(eqn)
+                continue
             results.setdefault(source, (eqn.outvars[0], bounds))
         elif eqn.primitive.name in _SIDES and isinstance(eqn.invars[0], Var):
             found = results.get(eqn.invars[0])
@@ -40,6 +53,13 @@ def masks_of_results(joint: Joint) -> Joint:
                 eqn = eqn.replace(invars=[found[0], eqn.invars[1]])
         eqns.append(eqn)
     return replace(joint, forward=joint.forward.replace(eqns=eqns))
+
+
+def _made_of(view: Storage, var: Var) -> frozenset[Var]:
+    """The stored values of `var`'s size or more that a kernel reads for `var`."""
+    root = view.root[var]
+    behind = view.sources.get(root, frozenset((root,)))
+    return frozenset(v for v in behind if v.aval.size >= var.aval.size)
 
 
 def _clips(eqn: JaxprEqn) -> tuple[Any, dict[str, Any]]:

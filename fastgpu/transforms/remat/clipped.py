@@ -32,7 +32,7 @@ def masks_of_results(joint: Joint) -> Joint:
     read = {
         stored
         for v in joint.residuals
-        if isinstance(v, Var) and v.aval.dtype != bool
+        if isinstance(v, Var) and str(_aval(v).dtype) != "bool"
         for stored in _made_of(view, v)
     }
     # For each clipped input: the result, and the bound of each side.
@@ -59,7 +59,7 @@ def _made_of(view: Storage, var: Var) -> frozenset[Var]:
     """The stored values of `var`'s size or more that a kernel reads for `var`."""
     root = view.root[var]
     behind = view.sources.get(root, frozenset((root,)))
-    return frozenset(v for v in behind if v.aval.size >= var.aval.size)
+    return frozenset(v for v in behind if _aval(v).size >= _aval(var).size)
 
 
 def _clips(eqn: JaxprEqn) -> tuple[Any, dict[str, Any]]:
@@ -79,6 +79,10 @@ def _clips(eqn: JaxprEqn) -> tuple[Any, dict[str, Any]]:
             return None, {}
         source, bounds = step.outvars[0], bounds | found
     return (eqn.invars[0], bounds) if inner.outvars[0] is source else (None, {})
+
+
+def _aval(var: Var) -> Any:
+    return var.aval
 
 
 def _value(atom: Any) -> Any:

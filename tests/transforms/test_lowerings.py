@@ -200,7 +200,7 @@ POOLS = [(2, 2, 0), (3, 2, 1), (3, 1, 1), (3, 3, 0), (2, 3, 0)]
 def test_the_pool_keeps_every_derivative(window, stride, padding):
     x = jnp.asarray(np.random.default_rng(0).integers(0, 5, (2, 9, 8, 3)), jnp.float32)
     every_kind = (window, stride) == (3, 2)
-    assert_same_derivatives(pool(window, stride, padding), (x,), max_pool.CHOOSER, every_kind)
+    assert_same_derivatives(pool(window, stride, padding), (x,), max_pool.DENSE_CHOOSER, every_kind)
 
 
 @pytest.mark.parametrize(("window", "stride", "padding"), POOLS)
@@ -216,7 +216,7 @@ def test_ties_and_special_values_go_where_xla_sends_them(window, stride, padding
     def gradient(x, ct):
         return jax.vjp(pool(window, stride, padding), x)[1](ct)[0]
 
-    got = jax.jit(rewritten(gradient, max_pool.CHOOSER))(x, ct)
+    got = jax.jit(rewritten(gradient, max_pool.DENSE_CHOOSER))(x, ct)
     np.testing.assert_array_equal(got, jax.jit(gradient)(x, ct))
 
 
@@ -224,6 +224,16 @@ def test_no_select_and_scatter_is_left():
     x = array((2, 8, 8, 3))
     gradient = jax.grad(lambda x: jnp.sum(rewritten(pool(2, 2), max_pool.CHOOSER)(x) ** 2))
     assert "select_and_scatter" not in jax.jit(gradient).lower(x).as_text()
+
+
+def test_a_cpu_scatters_where_windows_lie_at_every_position():
+    closed = jax.make_jaxpr(jax.grad(lambda x: jnp.sum(pool(3, 1, 1)(x) ** 2)))(array((2, 8, 8, 3)))
+    names = [
+        e.params["of"].name
+        for e in ir.lower_by(closed, max_pool.CHOOSER).jaxpr.eqns
+        if e.primitive.name == "lowered"
+    ]
+    assert names == ["reduce_window_max"]
 
 
 def test_a_minimum_and_a_sum_are_left_alone():

@@ -1,6 +1,7 @@
 """Max-pool gradients by comparing each window's elements, instead of select-and-scatter.
 
-XLA's CPU backend scatters one element at a time. The gradient of a max-pool is the cotangent at the
+XLA's CPU backend scatters one element at a time; its GPU backend first writes each window's winner
+as an index into every dimension, more bytes than the pool's own values. The gradient of a max-pool is the cotangent at the
 first largest element of each window: a handful of comparisons finds its index, and every tap then
 adds the cotangents that it won (`benchmarks/lowerings.py`). The index follows XLA's own rule for
 ties and for NaN, so the result is bit-equal where windows do not overlap.
@@ -21,8 +22,11 @@ from fastgpu.ir.lowered import Chooser, Site
 _MOST_TAPS = 64
 
 
-def choose(site: Site) -> Callable[..., jax.Array] | None:
-    """Code for a max-pool or its derivative in either direction; `None` for any other reduction."""
+def choose(site: Site, dense: bool) -> Callable[..., jax.Array] | None:
+    """Code for a max-pool or its derivative in either direction; `None` for any other reduction.
+
+    Windows at every position (stride 1) are left alone unless `dense`.
+    """
     if site.primitive.name == "reduce_window_max":
         # The forward pass is good as it is: it is claimed so that its derivative comes here too.
         return partial(site.primitive.bind, **dict(site.params))
@@ -34,8 +38,7 @@ def choose(site: Site) -> Callable[..., jax.Array] | None:
         return None
     if not 1 < math.prod(site["window_dimensions"]) <= _MOST_TAPS:
         return None
-    if all(stride == 1 for stride in site["window_strides"]):
-        # Every input lies in every tap's output: the additions cost more than the scatter.
+    if not dense and all(stride == 1 for stride in site["window_strides"]):
         return None
     if site.primitive.name == "select_and_scatter_add":
         return lambda source, operand: _scatter(_Pool(site), source, operand)
@@ -108,6 +111,7 @@ def _gather(pool: _Pool, tangent: jax.Array, operand: jax.Array) -> jax.Array:
     return total
 
 
-CHOOSER = Chooser(
-    "max_pool", ("reduce_window_max", "select_and_scatter_add", "select_and_gather_add"), choose
-)
+_PRIMITIVES = ("reduce_window_max", "select_and_scatter_add", "select_and_gather_add")
+# On a CPU, where every input lies in every tap's output, the additions cost more than the scatter.
+CHOOSER = Chooser("max_pool", _PRIMITIVES, partial(choose, dense=False))
+DENSE_CHOOSER = Chooser("max_pool", _PRIMITIVES, partial(choose, dense=True))

@@ -26,10 +26,10 @@ _CHEAP = 0.01
 
 @dataclass(frozen=True)
 class Version:
-    """One way to write the program; `loops` says which loops are not as the user wrote them."""
+    """One way to write the program; `changes` says what is not as the user wrote it."""
 
     planner: Planner
-    loops: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

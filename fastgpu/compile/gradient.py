@@ -19,10 +19,13 @@ from fastgpu.hardware import Device, Target, resolve_target
 from fastgpu.ir.compat import ClosedJaxpr, Tracer, eval_jaxpr, jaxpr_as_fun, platform
 from fastgpu.transforms import optimize, optimized_trace
 from fastgpu.transforms.remat import (
+    Joint,
     Planner,
     check_compress,
+    in_row_chunks,
     reshaped_loops,
     shelves_for,
+    softmaxes_of_results,
     trace_joint,
 )
 
@@ -215,24 +218,43 @@ class Gradient:
         traced = optimized_trace(of_leaves, structs, passes, self.target)
         self.closed_jaxpr = traced.closed_jaxpr
         _, self.aux_tree = traced.out_tree.children()
-        self.planner = self._planner(self.closed_jaxpr)
-        self.joint = self.planner.joint
+        self.joint = self._joint(self.closed_jaxpr)
+        self.planner = self._planner(self.joint)
 
-    def _planner(self, closed: ClosedJaxpr) -> Planner:
-        """A planner of the gradient of `closed`: leaves → scalar, then leaves of `aux`."""
+    def _joint(self, closed: ClosedJaxpr) -> Joint:
+        """`closed` and its gradient: leaves → scalar, then leaves of `aux`."""
         run = jaxpr_as_fun(closed)
 
         def flat(*leaves: Any) -> tuple[list[Any], list[Any]]:
             value, *aux = run(*leaves)
             return [value], aux
 
-        joint = trace_joint(flat, self.structs[: self.count], self.structs[self.count :])
+        return trace_joint(flat, self.structs[: self.count], self.structs[self.count :])
+
+    def _planner(self, joint: Joint) -> Planner:
         return Planner(joint, self.target.device, self.shelves)
 
     def _alternatives(self) -> Iterator[Version]:
-        """The gradient of the same function with its loops in another shape."""
-        for other in reshaped_loops(self.closed_jaxpr, self.planner.unconstrained.peak):
-            yield Version(self._planner(other.program), other.loops)
+        """The same gradient up to the order of roundings, with less to keep."""
+        peak = self.planner.unconstrained.peak
+        for joint, changes in self._changed(self.joint, (), peak):
+            yield Version(self._planner(joint), changes)
+        for other in reshaped_loops(self.closed_jaxpr, peak):
+            joint = self._joint(other.program)
+            ways = (joint, other.loops), *self._changed(joint, other.loops, peak)
+            joint, changes = ways[-1]
+            yield Version(self._planner(joint), changes)
+
+    def _changed(
+        self, joint: Joint, changes: tuple[str, ...], peak: int
+    ) -> Iterator[tuple[Joint, tuple[str, ...]]]:
+        """`joint` after each change that there is to make, on top of those before it."""
+        if found := softmaxes_of_results(joint):
+            joint, changes = found.joint, (*changes, found.how)
+            yield joint, changes
+        # Rows that lie on several devices are chunks already.
+        if self.target.count == 1 and (found := in_row_chunks(joint, peak)):
+            yield found.joint, (*changes, found.how)
 
     def search(self, compiled: Callable[[ClosedJaxpr], Any]) -> Search:
         """A search over this gradient's programs, each compiled as `compiled(program)` does."""

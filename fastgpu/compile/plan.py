@@ -59,9 +59,10 @@ class Plan:
     `memory` is the compiler's; `timeline` the model's temporaries while each equation runs,
     `timeline_before` the same without a budget. `predicted_peak_bytes` is what the model expected
     before the last compilation. `gap` bounds how far the recomputation's price may be above the
-    least possible for this cut of the program, as a fraction. `loops` names the loops that were
-    unrolled or put in chunks. With more than one of `accumulate_steps`, timelines and residuals are
-    those of one microbatch, seconds those of the whole step.
+    least possible for this cut of the program, as a fraction. `changes` names what runs in
+    another shape: loops unrolled or in chunks, softmaxes, rows of a loss. With more than one of
+    `accumulate_steps`, timelines and residuals are those of one microbatch, seconds those of the
+    whole step.
     """
 
     target: str
@@ -82,7 +83,7 @@ class Plan:
     seconds: float
     collectives: dict[str, int] = field(default_factory=dict)
     accumulate_steps: int = 1
-    loops: list[str] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)
 
     @property
     def peak_bytes(self) -> int:
@@ -170,7 +171,7 @@ class Plan:
         ]
         if self.accumulate_steps > 1:
             lines.append(f"  gradients summed over {self.accumulate_steps} microbatches")
-        lines += [f"  {loop}" for loop in self.loops]
+        lines += [f"  {change}" for change in self.changes]
         if self.collectives:
             counts = ", ".join(f"{count} {name}" for name, count in self.collectives.items())
             lines.append(f"  collectives: {counts}")
@@ -286,7 +287,7 @@ def _report(
         seconds=time.perf_counter() - start,
         collectives=attempt.collectives,
         accumulate_steps=attempt.accumulate_steps,
-        loops=[] if attempt.version is None else list(attempt.version.loops),
+        changes=[] if attempt.version is None else list(attempt.version.changes),
     )
 
 

@@ -48,7 +48,7 @@ def planner(name, target):
 def test_forty_percent_is_met(name, target):
     found = planner(name, target)("40%")
     assert found.fits and found.peak_bytes <= 0.4 * found.unconstrained_peak_bytes
-    assert len(found.loops) == 1 and found.loops[0] in str(found)
+    assert len(found.changes) == 1 and found.changes[0] in str(found)
     assert found.compiles <= 4
 
 
@@ -75,7 +75,7 @@ def test_a_budget_that_costs_nothing_leaves_the_loop():
         target="cpu",
         memory_budget="80%",
     )
-    assert found.fits and found.loops == []
+    assert found.fits and found.changes == []
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -1,10 +1,11 @@
 """Max-pool gradients by comparing each window's elements, instead of select-and-scatter.
 
 XLA's CPU backend scatters one element at a time; its GPU backend first writes each window's winner
-as an index into every dimension, more bytes than the pool's own values. The gradient of a max-pool is the cotangent at the
-first largest element of each window: a handful of comparisons finds its index, and every tap then
-adds the cotangents that it won (`benchmarks/lowerings.py`). The index follows XLA's own rule for
-ties and for NaN, so the result is bit-equal where windows do not overlap.
+as an index into every dimension, more bytes than the pool's own values. The gradient of a max-pool
+is the cotangent at the first largest element of each window: a handful of comparisons finds its
+index, and every tap then adds the cotangents that it won (`benchmarks/lowerings.py`). The index
+follows XLA's own rule for ties and for NaN, so the result is bit-equal where windows do not
+overlap.
 """
 
 import itertools

@@ -79,7 +79,8 @@ class Planner:
     """
 
     def __init__(self, joint: Joint, device: Device, shelves: tuple[Shelf, ...] = ()) -> None:
-        self.joint, self.device, self.shelves = masks_of_results(joint), device, shelves
+        self.joint = masks_of_results(joint)
+        self.device, self.shelves = device, shelves
         self.unconstrained = modelled(flat_program(joint), device)
         self._solvers: dict[Cut, Solver] = {}
         self._by_segments: dict[Any, Solver] = {}

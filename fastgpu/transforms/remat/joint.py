@@ -6,7 +6,7 @@ pass see what the memory of a training step is made of.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -72,22 +72,12 @@ def trace_joint(
 
 
 def _cleaned(closed: ClosedJaxpr, pulled: ClosedJaxpr, results: int, cotangents: int) -> Joint:
-    """Residuals that nobody reads are dropped, and what was computed for them alone."""
+    """Without what nobody reads; constants become inputs, in front, so that both are plain."""
     pulled = dce(pulled)
+    kept = _kept(pulled.jaxpr, cotangents)
+    outvars = [*closed.jaxpr.outvars[:results], *(closed.jaxpr.outvars[results + i] for i in kept)]
+    forward = dce(ClosedJaxpr(with_borders(closed.jaxpr, outvars=outvars), closed.consts))
     back = pulled.jaxpr
-    read = {v for eqn in back.eqns for v in eqn.invars if isinstance(v, Var)}
-    read |= {v for v in back.outvars if isinstance(v, Var)}
-    kept = [i for i, v in enumerate(back.invars[cotangents:]) if v in read]
-    outvars = closed.jaxpr.outvars
-    forward = dce(
-        ClosedJaxpr(
-            with_borders(
-                closed.jaxpr, outvars=[*outvars[:results], *(outvars[results + i] for i in kept)]
-            ),
-            closed.consts,
-        )
-    )
-    # Constants become inputs, in front, so that both halves are plain programs.
     back = with_borders(
         back,
         constvars=[],
@@ -106,6 +96,24 @@ def _cleaned(closed: ClosedJaxpr, pulled: ClosedJaxpr, results: int, cotangents:
         outvars=[*front.outvars, *shared],
     )
     return Joint(front, back, results, cotangents, (*pulled.consts, *forward.consts))
+
+
+def without_unread(joint: Joint) -> Joint:
+    """`joint` without residuals that its backward half does not read, and what made them."""
+    back = dce(ClosedJaxpr(joint.backward, ())).jaxpr
+    kept = _kept(back, joint.cotangents)
+    invars = [*back.invars[: joint.cotangents], *(back.invars[joint.cotangents + i] for i in kept)]
+    residuals = joint.residuals
+    outvars = [*joint.forward.outvars[: joint.results], *(residuals[i] for i in kept)]
+    front = dce(ClosedJaxpr(with_borders(joint.forward, outvars=outvars), ())).jaxpr
+    return replace(joint, forward=front, backward=with_borders(back, invars=invars))
+
+
+def _kept(back: Jaxpr, cotangents: int) -> list[int]:
+    """Which residuals the backward half reads."""
+    read = {v for eqn in back.eqns for v in eqn.invars if isinstance(v, Var)}
+    read |= {v for v in back.outvars if isinstance(v, Var)}
+    return [i for i, v in enumerate(back.invars[cotangents:]) if v in read]
 
 
 def flat_program(joint: Joint) -> ClosedJaxpr:

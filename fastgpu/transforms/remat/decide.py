@@ -20,17 +20,20 @@ from fastgpu.transforms.remat.solve import Decision, Solver
 # Segments that are tried first, as parts of the peak: few segments need much memory at once, many
 # need their borders kept.
 _DIVISIONS = (3, 6, 10, 20)
-# Then variations of the best.
+# Then variations of the best: the first few where each takes a second.
 _VARIATIONS = (
     {"taper": 0.0},
-    {"taper": 0.8},
-    {"in_order": False},
-    {"taper": 0.0, "in_order": False},
-    {"division": 0.75},
     {"division": 1.3},
+    {"in_order": False},
+    {"taper": 0.8},
+    {"division": 0.75},
+    {"taper": 0.0, "in_order": False},
 )
+_FEW, _MANY_EQUATIONS = 3, 20_000
 # Cuts that are solved to integers, in the order of their relaxed cost.
 _MOST_TRIED = 6
+# Another cut is tried while it may come to less than this part of the price found.
+_WORTHWHILE = 0.97
 _SMALL = 64 * 1024
 
 
@@ -95,7 +98,7 @@ class Planner:
         fitting = 0
         for cost, solver in self._best_cuts(lambda solver: solver.relaxed(budget))[:_MOST_TRIED]:
             paid = math.inf if best is None else best.seconds - self.unconstrained.seconds
-            if fitting == 2 or cost > paid:
+            if fitting == 2 or cost > _WORTHWHILE * paid:
                 break
             found = self._fit(solver, budget)
             if found is not None:
@@ -138,7 +141,8 @@ class Planner:
         cuts = [Cut(peak / division) for division in _DIVISIONS]
         found = {solver: value(solver) for solver in map(self._solver, cuts)}
         best = min(cuts, key=lambda cut: found[self._solver(cut)])
-        for change in _VARIATIONS:
+        many = len(self.unconstrained.view.jaxpr.eqns) > _MANY_EQUATIONS
+        for change in _VARIATIONS[: _FEW if many else None]:
             settings = dict(change)
             size = best.segment_bytes / settings.pop("division", 1.0)
             solver = self._solver(replace(best, segment_bytes=size, **settings))

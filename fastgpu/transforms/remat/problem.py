@@ -107,6 +107,7 @@ class Survey:
 
     `view` is the storage of its flat program. `crossing[i]` are the bytes that forward equations
     after i read, `gathered[i]` those of equation i's results that the backward half reads.
+    `backward_price` has the seconds of each backward equation by its first result.
     """
 
     joint: Joint
@@ -122,6 +123,7 @@ class Survey:
     seconds: list[float]
     crossing: list[int]
     gathered: list[int]
+    backward_price: dict[Var, float]
 
 
 def survey(
@@ -152,6 +154,11 @@ def survey(
         [equation_seconds(view, eqn, device) for eqn in eqns],
         _crossing_bytes(joint, view),
         gathered,
+        {
+            v: equation_seconds(view, eqn, device)
+            for eqn in view.jaxpr.eqns[len(eqns) :]
+            for v in eqn.outvars[:1]
+        },
     )
 
 
@@ -168,7 +175,7 @@ def pose(known: Survey, cut: Cut, segment_of: list[int]) -> Problem:
         forward_seconds[segment_of[index]] += price
     eqns = view.jaxpr.eqns
     backward_seconds = [
-        sum(equation_seconds(view, eqns[i], device) for i in span) for span in spans
+        sum(known.backward_price[v] for i in span for v in eqns[i].outvars[:1]) for span in spans
     ]
     return Problem(
         joint,

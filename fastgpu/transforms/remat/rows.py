@@ -35,10 +35,10 @@ from fastgpu.transforms.remat.sliceable import SUMMED, Dim, Sliced, resized, sli
 
 # Scores that are a smaller part of the program's temporaries are left alone, and so are those of
 # products before the last ones.
-_NOTABLE = 0.05
+_NOTABLE = 0.02
 _MOST_PRODUCTS = 3
 # What a chunk's scores may be of the temporaries, and how many chunks there may be.
-_CHUNK = 1 / 32
+_CHUNK = 1 / 40
 _MOST_CHUNKS = 16
 # A value is large if it has this part of the scores' elements.
 _LARGE = 0.25
@@ -123,6 +123,7 @@ def _region(flat: Jaxpr, first: int, dim: int) -> _Region | None:
         return None
     runs, descendants, uses = {first: own}, {first}, {first}
     dims: dict[Any, int | str | None] = {scores: dim}
+    chain: set[Any] = {scores}
     for index in range(first + 1, len(flat.eqns)):
         eqn = flat.eqns[index]
         inputs = [v for v in eqn.invars if not isinstance(v, Literal) and v in dims]
@@ -135,11 +136,13 @@ def _region(flat: Jaxpr, first: int, dim: int) -> _Region | None:
         dims.update((v, None if run is None else run.output) for v in eqn.outvars)
         if run is not None:
             runs[index] = run
-        large = any(is_large(v) and isinstance(dims[v], int) for v in (*inputs, *eqn.outvars))
-        if large:
+        # What is large again after it was small is no use of the scores.
+        if not chain.isdisjoint(inputs):
             uses.add(index)
             if run is None:
                 return None
+            if run.output != SUMMED and is_large(eqn.outvars[0]):
+                chain.update(eqn.outvars)
 
     # What lies between the scores and their last use runs with them.
     region, needed = _Region(), set()

@@ -14,7 +14,7 @@ from fastgpu.ir.compat import JaxprEqn, Literal, Var, with_borders
 from fastgpu.ir.fusion import storage
 from fastgpu.transforms.remat.joint import Joint, flat_program
 
-_SAME = ("broadcast_in_dim", "reshape", "expand_dims", "stop_gradient", "max")
+_SAME = ("broadcast_in_dim", "reshape", "expand_dims", "transpose", "stop_gradient", "max")
 
 
 @dataclass(frozen=True)

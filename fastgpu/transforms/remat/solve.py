@@ -83,6 +83,7 @@ class Solver:
         """Only what residuals are computed from takes part."""
         problem = self.problem
         self.values = sorted(problem.needed, key=lambda v: problem.producer[v])
+        self.bytes = {v: aval_bytes(v.aval) for v in self.values}
         for v in self.values:
             self.x[v] = len(self.x)
         count = len(self.x)
@@ -148,25 +149,27 @@ class Solver:
                     terms.append((self.z[source], -1.0))
                 row(terms, 0.0)
         kept: list[list[tuple[int, float]]] = [[] for _ in range(problem.segments)]
-        local: list[list[tuple[Var, float]]] = [[] for _ in range(problem.segments)]
+        local: list[list[tuple[int, int, float, bool, int]]] = [[] for _ in range(problem.segments)]
         for v in self.values:
             k = problem.segment_of[problem.producer[v]]
-            size = aval_bytes(v.aval) / _MIB
+            size = self.bytes[v] / _MIB
             kept[k].append((self.x[v], size))
-            local[k].append((v, size))
+            stored = v in problem.stored and problem.view.root[v] is v
+            again = self.z[problem.producer[v]]
+            local[k].append((self.x[v], again, size, stored, problem.last_read(v)))
         # Brought back for each segment from any shelf, from the host, on the way; leaving for it.
         back: list[list[tuple[Var, int, float]]] = [[] for _ in range(problem.segments)]
         fetched: list[list[tuple[int, float]]] = [[] for _ in range(problem.segments)]
         coming: list[list[tuple[int, float]]] = [[] for _ in range(problem.segments)]
         leaving: list[list[tuple[int, float]]] = [[] for _ in range(problem.segments)]
         for (v, shelf), put in self.s.items():
-            k, size = problem.segment_of[problem.producer[v]], aval_bytes(v.aval) / _MIB
+            k, size = problem.segment_of[problem.producer[v]], self.bytes[v] / _MIB
             if shelf.host:
                 leaving[k].append((put, size))
             else:
                 kept[k].append((put, shelf.device_bytes(v.aval) / _MIB))
         for (v, shelf, k), restored in self.r.items():
-            size = aval_bytes(v.aval) / _MIB
+            size = self.bytes[v] / _MIB
             row([(restored, 1.0), (self.s[v, shelf], -1.0)], 0.0)
             back[k].append((v, restored, size))
             if shelf.host:
@@ -185,14 +188,12 @@ class Solver:
                     own = problem.segment_of[problem.producer[v]] == k
                     if first or (own and problem.last_read(v) >= window.start):
                         terms.append((restored, size))
-                for v, size in local[k]:
-                    again = self.z[problem.producer[v]]
-                    stored = v in problem.stored and problem.view.root[v] is v
-                    if problem.last_read(v) >= window.start:
+                for x, again, size, stored, last in local[k]:
+                    if last >= window.start:
                         if stored:
                             terms.append((again, size))
                     elif not first:
-                        terms.append((self.x[v], -size))
+                        terms.append((x, -size))
                     elif stored:
                         row([(again, size), (self.t[k], -1.0)], 0.0)
                 if first:
@@ -239,7 +240,7 @@ class Solver:
         upper[-1] = budget / _MIB
         for v, x in self.x.items():
             index = self.problem.producer[v]
-            if aval_bytes(v.aval) <= self.problem.small:
+            if self.bytes[v] <= self.problem.small:
                 lower[x] = 1.0
             if not self.problem.may_recompute(index):
                 upper[self.z[index]] = 0.0
@@ -264,26 +265,27 @@ class Solver:
             cost[z] = self.problem.seconds[index] * 1e6
         total = cost.sum() or 1.0
         for v, x in self.x.items():
-            cost[x] = 1e-6 * total * aval_bytes(v.aval) / max(budget, 1.0)
-            if v not in self.problem.stored and aval_bytes(v.aval) > self.problem.small:
+            size = self.bytes[v]
+            cost[x] = 1e-6 * total * size / max(budget, 1.0)
+            if v not in self.problem.stored and size > self.problem.small:
                 # A value that would be fused is written for being kept.
-                cost[x] += aval_bytes(v.aval) / self.problem.device.bandwidth * 1e6
+                cost[x] += size / self.problem.device.bandwidth * 1e6
         traffic = 1e6 / self.problem.device.bandwidth
         for (v, shelf), put in self.s.items():
             # The host's copy is one read; packing reads twice and writes the packed value.
-            size, waiting = aval_bytes(v.aval), shelf.device_bytes(v.aval)
+            size, waiting = self.bytes[v], shelf.device_bytes(v.aval)
             cost[put] = (size if shelf.host else 2 * size + waiting) * traffic
         for (v, shelf, _), restored in self.r.items():
-            cost[restored] = (aval_bytes(v.aval) + shelf.device_bytes(v.aval)) * traffic
+            cost[restored] = (self.bytes[v] + shelf.device_bytes(v.aval)) * traffic
         cost[[*self.late, self.stuck]] = 1.0
         return cost
 
     def solve(self, budget: float, time_limit: float = 5.0) -> Decision | None:
-        """The cheapest decision whose temporaries fit `budget` bytes, to half a percent."""
+        """The cheapest decision whose temporaries fit `budget` bytes, to one percent."""
         problem = self.problem
         integrality = np.ones(self.size)
         integrality[self.decided :] = 0
-        options = {"mip_rel_gap": 0.005, "time_limit": time_limit}
+        options = {"mip_rel_gap": 0.01, "time_limit": time_limit}
         result = self._minimize(self.cost(budget), budget, integrality, options)
         if result.x is None:
             return None

@@ -13,6 +13,7 @@ from fastgpu.compile.memory import MemoryReport, memory_report, return_freed_mem
 from fastgpu.errors import BudgetError, ConfigurationError
 from fastgpu.ir.compat import ClosedJaxpr
 from fastgpu.transforms.remat.decide import Modelled, Planner
+from fastgpu.transforms.remat.shelves import Shelf
 
 # Compiles everything around a joint program.
 Compile = Callable[[ClosedJaxpr], Any]
@@ -51,6 +52,12 @@ class Attempt:
     def peak(self) -> int:
         """The compiler's peak in bytes."""
         return self.memory.peak_bytes
+
+    @property
+    def shelves(self) -> set[Shelf]:
+        """Where values of the plan wait."""
+        decision = self.modelled.decision
+        return set() if decision is None else set(decision.shelved.values())
 
 
 # A plan, its version, and the attempt by which the model is corrected.
@@ -134,9 +141,7 @@ class Search:
             known = self._cheapest(budget)
             if known is not None and known.peak >= _CLOSE * budget:
                 break
-            # What was missed once is missed again by less than that.
-            missed = self.attempts[-1].peak / budget - 1 if len(self.attempts) > start else 0.0
-            planned = self._plan((aim - max(0.0, missed)) * budget, start, least=known is None)
+            planned = self._plan(aim * budget, start, least=known is None)
             if planned is None:
                 break
             version, modelled, anchor = planned
@@ -194,11 +199,15 @@ class Search:
             # Whatever is decided, it costs no less than keeping everything.
             if best is not None and whole.seconds >= best[1].seconds:
                 break
-            if whole.peak <= self._allowed(anchor, budget):
+            if whole.peak <= self._allowed(anchor, budget, start):
                 best = version, whole, anchor
                 break
             unfit.append(version)
         for version in unfit:
+            same = best is not None and self._anchor(version, budget, start) is best[2]
+            if same and not version.changes:
+                # Fewer shelves are dearer, unless the model is less off with them.
+                continue
             found = self._decide(version, budget, start, thorough=best is None)
             if found is not None and (best is None or found[1].seconds < best[1].seconds):
                 best = found
@@ -209,11 +218,15 @@ class Search:
     ) -> _Planned | None:
         """The decision for `budget` bytes if the model is off by as much as for the anchor."""
         anchor = self._anchor(version, budget, start)
-        modelled = version.planner.decide(self._allowed(anchor, budget), thorough)
+        allowed = self._allowed(anchor, budget, start)
+        modelled = version.planner.decide(allowed, thorough)
         return None if modelled is None else (version, modelled, anchor)
 
-    def _allowed(self, anchor: Attempt, budget: float) -> float:
-        return anchor.modelled.peak + (budget - anchor.peak) / self.scale
+    def _allowed(self, anchor: Attempt, budget: float, start: int) -> float:
+        """Modelled bytes for `budget`; what was just missed is missed again by less than that."""
+        tried = any(a is anchor for a in self.attempts[start:])
+        aim = budget - max(0.0, anchor.peak - budget) * tried
+        return anchor.modelled.peak + (aim - anchor.peak) / self.scale
 
     def _anchor(self, version: Version, budget: float, start: int) -> Attempt:
         """The attempt that tells most about the next one: of the same version, recent, near."""
@@ -221,7 +234,9 @@ class Search:
         if same:
             return same[-1]
         known = [a for a in self.attempts if a.version is version] or [
-            a for a in self.attempts if a.version is self._original
+            a
+            for a in self.attempts
+            if a.version is self._original and a.shelves <= set(version.planner.shelves)
         ]
         return min(known, key=lambda a: abs(a.peak - budget))
 

@@ -235,8 +235,12 @@ class Gradient:
         return Planner(joint, self.target.device, self.shelves)
 
     def _alternatives(self) -> Iterator[Version]:
-        """The same gradient up to the order of roundings, with less to keep."""
+        """The same gradient without copies to the host, or up to roundings with less to keep."""
         peak = self.planner.unconstrained.peak
+        near = tuple(shelf for shelf in self.shelves if not shelf.host)
+        if near != self.shelves:
+            # Fewer ways to meet a budget, but the compiler is easier to foresee.
+            yield Version(Planner(self.joint, self.target.device, near))
         for joint, changes in self._changed(self.joint, (), peak):
             yield Version(self._planner(joint), changes)
         for other in reshaped_loops(self.closed_jaxpr, peak):

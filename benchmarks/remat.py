@@ -77,8 +77,8 @@ BUDGETS = (0.7, 0.5, 0.35)
 SWEEP_STEPS = 20
 
 
-def build(network: Network) -> tuple[TrainStep, Any, Any]:
-    """The step, and the shapes that it is for."""
+def build(network: Network, **settings: Any) -> tuple[TrainStep, Any, Any]:
+    """The step, with these settings, and the shapes that it is for."""
     module = models.create(network.model, **network.settings)
     x = jax.ShapeDtypeStruct((network.batch, *network.shape), network.dtype)
     variables = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(x.shape, x.dtype)))
@@ -87,7 +87,7 @@ def build(network: Network) -> tuple[TrainStep, Any, Any]:
     tx = optax.adam(1e-3)
     loss = fgpu.supervised_loss(module, "softmax_cross_entropy_with_integer_labels")
     state = jax.eval_shape(lambda v: fgpu.TrainState.create(v, tx, rng=0), variables)
-    return fgpu.train_step(loss, tx), state, {"inputs": x, "labels": labels}
+    return fgpu.train_step(loss, tx, **settings), state, {"inputs": x, "labels": labels}
 
 
 class Measured:
@@ -148,6 +148,25 @@ class Measured:
             flush=True,
         )
         return row
+
+    def in_microbatches(self, part: float) -> dict:
+        """The same budget where the number of microbatches may be chosen, too."""
+        step, state, batch = build(self.network, accumulate_steps="auto")
+        budget = int(part * self.base.peak_bytes)
+        found = fgpu.plan(step, state, batch, target=self.target, memory_budget=budget)
+        cost = found.predicted_step_seconds / self.base.predicted_step_seconds - 1
+        print(
+            f"  {part:.1%} in {found.accumulate_steps} microbatches: peak "
+            f"{found.peak_bytes / self.base.peak_bytes:.1%}, step {cost:+.1%}",
+            flush=True,
+        )
+        return {
+            "budget": part,
+            "accumulate_steps": found.accumulate_steps,
+            "peak_bytes": found.peak_bytes,
+            "prediction_error": found.predicted_peak_bytes / found.peak_bytes - 1,
+            "extra_step_cost": cost,
+        }
 
     def sweep(self) -> list[dict]:
         """Budgets falling in equal steps from the whole peak until one is infeasible."""
@@ -232,6 +251,7 @@ def main() -> None:
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="parts; may be none")
     parser.add_argument("--by-hand", action="store_true", help="also jax.checkpoint, RematScope")
     parser.add_argument("--sweep", action="store_true", help="also 20 falling budgets; rising: 1")
+    parser.add_argument("--microbatches", action="store_true", help="also the batch as a lever")
     parser.add_argument("--json", type=Path, help="add the figures to this file")
     options = parser.parse_args()
     budgets = [float(part) for part in options.budgets.split(",") if part]
@@ -246,6 +266,8 @@ def main() -> None:
         result |= measured.unconstrained()
         if budgets:
             result["plans"] = [measured.within(part) for part in budgets]
+        if options.microbatches:
+            result["microbatches"] = [measured.in_microbatches(part) for part in BUDGETS]
         if options.sweep:
             result["sweep"] = measured.sweep()
             for violation in violations(result["sweep"], measured.base.peak_bytes):

@@ -67,6 +67,11 @@ def capped_loss(w, b, x, labels):
     return [-jnp.mean(picked(scores, labels))], []
 
 
+def counting_loss(w, b, x, labels):
+    scores = x @ w + b
+    return [-jnp.mean(picked(scores, labels))], [jnp.sum(scores > 0), jnp.sum(scores, axis=(0, 1))]
+
+
 def flat_rows_loss(w, b, x, labels):
     scores = (x @ w + b).reshape(-1, VOCABULARY)
     return [-jnp.mean(picked(scores, labels.reshape(-1)))], []
@@ -74,7 +79,7 @@ def flat_rows_loss(w, b, x, labels):
 
 LOSSES = [
     *(optax_loss, one_hot_loss, smoothed_loss, masked_loss, z_loss, capped_loss),
-    *(flat_rows_loss, shifted_loss),
+    *(flat_rows_loss, shifted_loss, counting_loss),
 ]
 
 
@@ -171,6 +176,15 @@ def divided_by_the_largest(w, b, x, labels):
 
 @pytest.mark.parametrize("loss", [given_out, summed_over_rows, divided_by_the_largest])
 def test_scores_that_are_needed_whole_stay_whole(loss):
+    assert chunked(joint_of(loss)) is None
+
+
+def test_what_has_effects_stays_whole():
+    def loss(w, b, x, labels):
+        scores = x @ w
+        jax.debug.print("{}", labels[0, 0])
+        return [-jnp.mean(picked(scores, labels))], []
+
     assert chunked(joint_of(loss)) is None
 
 

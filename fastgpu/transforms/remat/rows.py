@@ -56,8 +56,8 @@ def in_row_chunks(joint: Joint, temporary_bytes: int) -> RowChunks | None:
     """`joint` with a large product near its end, and what is made of it, in chunks of rows.
 
     `temporary_bytes` is what the program takes as it is. `None` where no product is a notable part
-    of that, where its result is given out or mixed over its rows, or where more than one scalar is
-    differentiated.
+    of that, where its result is given out or mixed over its rows, where more than one scalar is
+    differentiated, or where anything has effects.
 
     >>> from fastgpu.transforms.remat.joint import trace_joint
     >>> def loss(w, x, labels):
@@ -68,7 +68,9 @@ def in_row_chunks(joint: Joint, temporary_bytes: int) -> RowChunks | None:
     >>> in_row_chunks(joint, temporary_bytes=256 * 5000 * 4 * 4).how.split(": ")[1]
     'float32[256,5000] in 8 chunks of rows'
     """
-    if joint.cotangents != 1 or _shape(joint.backward.invars[0]) or joint.backward.effects:
+    if joint.cotangents != 1 or _shape(joint.backward.invars[0]):
+        return None
+    if joint.forward.effects or joint.backward.effects:
         return None
     flat = flat_program(joint).jaxpr
     products = (
@@ -323,8 +325,9 @@ def _scaled(cotangent: jax.Array, gradient: jax.Array) -> jax.Array:
 
 
 def _summing_dtype(v: Var) -> Any:
-    """Chunks of 16 bits are added up in 32."""
-    return jnp.promote_types(_aval(v).dtype, jnp.float32)
+    """Floating-point chunks of 16 bits are added up in 32."""
+    dtype = _aval(v).dtype
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
 def _inlined(closed: ClosedJaxpr, invars: list[Any], outvars: list[Any]) -> list[JaxprEqn]:

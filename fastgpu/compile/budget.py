@@ -21,6 +21,8 @@ MOST_COMPILES = 4
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 # A plan this close to its budget is not worth another compile.
 _CLOSE = 0.96
+# Another version is planned if its step may take less than this part of the best one's.
+_WORTHWHILE = 0.999
 # A plan that costs no more than this part of the step is taken without looking for a cheaper one.
 _CHEAP = 0.01
 
@@ -113,9 +115,8 @@ class Search:
 
     @cached_property
     def _others(self) -> list[Version]:
-        """The alternatives, that with the least to pay first."""
-        versions = self.alternatives()
-        return sorted(versions, key=lambda version: version.planner.unconstrained.seconds)
+        """The alternatives, made once."""
+        return list(self.alternatives())
 
     def bytes_of(self, budget: int | float | str) -> int:
         """A budget in bytes, as `parse_budget` reads it."""
@@ -176,10 +177,7 @@ class Search:
     def _plan(self, budget: float, start: int, least: bool) -> _Planned | None:
         """The cheapest plan for `budget` bytes; or, if `least`, that with the smallest peak."""
         began = time.perf_counter()
-        best = self._decide(self._original, budget, start)
-        free = (1 + _CHEAP) * self.planner.unconstrained.seconds
-        if best is None or best[1].seconds > free:
-            best = self._cheapest_version(best, budget, start)
+        best = self._exact_if_cheap(budget, start) or self._cheapest_version(budget, start)
         if best is None and least:
             plans = []
             for version in (self._original, *self._others):
@@ -189,36 +187,43 @@ class Search:
         self.planning_seconds += time.perf_counter() - began
         return best
 
-    def _cheapest_version(
-        self, best: _Planned | None, budget: float, start: int
-    ) -> _Planned | None:
-        """`best`, or a cheaper plan of another version."""
-        unfit = []
-        for version in self._others:
-            whole, anchor = version.planner.unconstrained, self._anchor(version, budget, start)
-            # Whatever is decided, it costs no less than keeping everything.
-            if best is not None and whole.seconds >= best[1].seconds:
-                break
-            if whole.peak <= self._allowed(anchor, budget, start):
-                best = version, whole, anchor
-                break
-            unfit.append(version)
-        for version in unfit:
-            same = best is not None and self._anchor(version, budget, start) is best[2]
-            if same and not version.changes:
-                # Fewer shelves are dearer, unless the model is less off with them.
-                continue
-            found = self._decide(version, budget, start, thorough=best is None)
-            if found is not None and (best is None or found[1].seconds < best[1].seconds):
-                best = found
-        return best
+    def _exact_if_cheap(self, budget: float, start: int) -> _Planned | None:
+        """A plan of the program as it is written, if it costs next to nothing."""
+        free = (1 + _CHEAP) * self.planner.unconstrained.seconds
+        anchor = self._anchor(self._original, budget, start)
+        if self.planner.expected_seconds(self._allowed(anchor, budget, start)) > free:
+            return None
+        found = self._decide(self._original, budget, start, thorough=False)
+        return None if found is None or found[1].seconds > free else found
+
+    def _cheapest_version(self, budget: float, start: int) -> _Planned | None:
+        """The cheapest plan of any version that was found."""
+        expected = []
+        for version in (self._original, *self._others):
+            allowed = self._allowed(self._anchor(version, budget, start), budget, start)
+            expected.append((version.planner.expected_seconds(allowed), version))
+        expected.sort(key=lambda pair: pair[0])
+        for thorough in (False, True):
+            best = None
+            for seconds, version in expected:
+                if best is not None and seconds >= _WORTHWHILE * best[1].seconds:
+                    break
+                found = self._decide(version, budget, start, thorough)
+                if found is not None and (best is None or found[1].seconds < best[1].seconds):
+                    best = found
+            if best is not None:
+                return best
+        return None
 
     def _decide(
-        self, version: Version, budget: float, start: int, thorough: bool = True
+        self, version: Version, budget: float, start: int, thorough: bool
     ) -> _Planned | None:
         """The decision for `budget` bytes if the model is off by as much as for the anchor."""
         anchor = self._anchor(version, budget, start)
         allowed = self._allowed(anchor, budget, start)
+        whole = version.planner.unconstrained
+        if whole.peak <= allowed:
+            return version, whole, anchor
         modelled = version.planner.decide(allowed, thorough)
         return None if modelled is None else (version, modelled, anchor)
 

@@ -87,6 +87,7 @@ class Planner:
         self.unconstrained = modelled(flat_program(joint), device)
         self._solvers: dict[Cut, Solver] = {}
         self._by_segments: dict[Any, Solver] = {}
+        self._ranked: dict[float, list[tuple[float, Solver]]] = {}
 
     def decide(self, budget: float, thorough: bool = True) -> Modelled | None:
         """The cheapest decision found whose modelled peak is at most `budget` bytes, or `None`.
@@ -96,7 +97,7 @@ class Planner:
         start = time.perf_counter()
         best: Modelled | None = None
         fitting = 0
-        for cost, solver in self._best_cuts(lambda solver: solver.relaxed(budget))[:_MOST_TRIED]:
+        for cost, solver in self._cuts_for(budget)[:_MOST_TRIED]:
             paid = math.inf if best is None else best.seconds - self.unconstrained.seconds
             if fitting == 2 or cost > _WORTHWHILE * paid:
                 break
@@ -113,6 +114,13 @@ class Planner:
                 return None
             best = min(frugal, key=lambda found: found.seconds)
         return replace(best, planning_seconds=time.perf_counter() - start)
+
+    def expected_seconds(self, budget: float) -> float:
+        """About what the decision for `budget` comes to, quickly; infinite if none is in sight."""
+        if self.unconstrained.peak <= budget:
+            return self.unconstrained.seconds
+        cuts = self._cuts_for(budget)
+        return self.unconstrained.seconds + (cuts[0][0] if cuts else math.inf)
 
     def least(self) -> Modelled:
         """The decision with the lowest modelled peak that was found."""
@@ -134,6 +142,11 @@ class Planner:
                 if decision is not None:
                     found.append(modelled(rematerialized(decision), self.device, decision))
         return found
+
+    def _cuts_for(self, budget: float) -> list[tuple[float, Solver]]:
+        if budget not in self._ranked:
+            self._ranked[budget] = self._best_cuts(lambda solver: solver.relaxed(budget))
+        return self._ranked[budget]
 
     def _best_cuts(self, value: Callable[[Solver], float]) -> list[tuple[float, Solver]]:
         """Solvers of several cuts and their values, lowest first; infinite ones left out."""

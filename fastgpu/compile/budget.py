@@ -21,6 +21,8 @@ MOST_COMPILES = 4
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 # A plan this close to its budget is not worth another compile.
 _CLOSE = 0.96
+# The part of a miss that the next attempt is expected to miss by.
+_AGAIN = 0.3
 # Another version is planned if its step may take less than this part of the best one's.
 _WORTHWHILE = 0.999
 # A plan that costs no more than this part of the step is taken without looking for a cheaper one.
@@ -228,9 +230,9 @@ class Search:
         return None if modelled is None else (version, modelled, anchor)
 
     def _allowed(self, anchor: Attempt, budget: float, start: int) -> float:
-        """Modelled bytes for `budget`; what was just missed is missed again by less than that."""
+        """Modelled bytes for `budget`; what was just missed is missed again by a part of that."""
         tried = any(a is anchor for a in self.attempts[start:])
-        aim = budget - max(0.0, anchor.peak - budget) * tried
+        aim = budget - _AGAIN * max(0.0, anchor.peak - budget) * tried
         return anchor.modelled.peak + (aim - anchor.peak) / self.scale
 
     def _anchor(self, version: Version, budget: float, start: int) -> Attempt:
@@ -239,10 +241,11 @@ class Search:
         if same:
             return same[-1]
         known = [a for a in self.attempts if a.version is version] or [
-            a
-            for a in self.attempts
-            if a.version is self._original and a.shelves <= set(version.planner.shelves)
+            a for a in self.attempts if a.version is self._original
         ]
+        if len(self.attempts) - start >= 2:
+            # Perhaps it is the shelves that the model is wrong about.
+            known = [a for a in known if a.shelves <= set(version.planner.shelves)]
         return min(known, key=lambda a: abs(a.peak - budget))
 
     def _predict(self, anchor: Attempt, modelled: Modelled) -> float:

@@ -189,6 +189,14 @@ class Search:
         self.planning_seconds += time.perf_counter() - began
         return best
 
+    def expected_seconds(self, modelled_bytes: float) -> float:
+        """About what the cheapest plan of `modelled_bytes` takes; infinite if none is in sight."""
+        exact = self.planner.expected_seconds(modelled_bytes)
+        if exact <= (1 + _CHEAP) * self.planner.unconstrained.seconds:
+            return exact
+        others = (v.planner.expected_seconds(modelled_bytes) for v in self._others)
+        return min([exact, *others])
+
     def _exact_if_cheap(self, budget: float, start: int) -> _Planned | None:
         """A plan of the program as it is written, if it costs next to nothing."""
         free = (1 + _CHEAP) * self.planner.unconstrained.seconds

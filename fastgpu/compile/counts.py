@@ -97,26 +97,23 @@ class CountSearch:
         # From the fewest that fit without recomputing (more only take longer) down to where
         # recomputing costs more than it saves, or does not help any more.
         for count in reversed(self.counts[: enough + 1]):
-            model = self._decide(count, budget)
-            if model is None:
+            seconds = self._expected(count, budget)
+            if math.isinf(seconds):
                 break
-            found.append((self._seconds(count, model), count))
+            found.append((seconds, count))
             if found[-1][0] > min(found)[0]:
                 break
         if all(count > 1 for _, count in found):  # the only one without a sum of gradients
-            model = self._decide(1, budget)
-            found += [] if model is None else [(self._seconds(1, model), 1)]
+            seconds = self._expected(1, budget)
+            found += [] if math.isinf(seconds) else [(seconds, 1)]
         return sorted(found)
 
-    def _decide(self, count: int, budget: int) -> Modelled | None:
+    def _expected(self, count: int, budget: int) -> float:
+        """About the seconds of a step in `count` microbatches; infinite if no plan is in sight."""
         search = self._of(count)
         model = search.planner.unconstrained
-        over = self._predicted(count, model) - budget
-        if over <= 0:
-            return model
-        model = search.planner.decide(model.peak - over / self._scale)
-        search.planning_seconds += 0.0 if model is None else model.planning_seconds
-        return model
+        over = max(0.0, self._predicted(count, model) - budget)
+        return self._seconds(count, search.expected_seconds(model.peak - over / self._scale))
 
     def _tried(self, count: int, budget: int) -> float:
         try:
@@ -133,13 +130,13 @@ class CountSearch:
         return [a for search in self.searches.values() for a in search.attempts]
 
     def _seconds_of(self, attempt: Attempt) -> float:
-        return self._seconds(attempt.accumulate_steps, attempt.modelled)
+        return self._seconds(attempt.accumulate_steps, attempt.modelled.seconds)
 
-    def _seconds(self, count: int, model: Modelled) -> float:
-        """Seconds of a step but for the optimizer's update, which all counts share."""
+    def _seconds(self, count: int, seconds: float) -> float:
+        """A step of such microbatches, but for the optimizer's update, which all counts share."""
         # Each microbatch's gradients are read, and so is their sum, which is written again.
         adding = 0.0 if count == 1 else 3 * self.gradient_bytes / self.device.bandwidth
-        return count * (model.seconds + adding)
+        return count * (seconds + adding)
 
     def _least(self, count: int) -> float:
         return self._predicted(count, self._of(count).planner.least())

@@ -65,7 +65,7 @@ def in_row_chunks(joint: Joint, temporary_bytes: int) -> RowChunks | None:
     ...     return [-jnp.mean(jnp.take_along_axis(scores, labels, axis=1))], []
     >>> w, x = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 5000), (256, 64)))
     >>> joint = trace_joint(loss, [w, x], [jax.ShapeDtypeStruct((256, 1), jnp.int32)])
-    >>> in_row_chunks(joint, temporary_bytes=256 * 5000 * 4 * 4).how.split(": ")[1]
+    >>> in_row_chunks(joint, temporary_bytes=256 * 5000 * 4 * 5).how.split(": ")[1]
     'float32[256,5000] in 8 chunks of rows'
     """
     if joint.cotangents != 1 or _shape(joint.backward.invars[0]):

@@ -225,7 +225,14 @@ def test_outputs_and_gradients_of_every_family(name):
     assert_close(results(optimize(loss), variables, x), results(loss, variables, x), TOLERANCE)
 
 
-@pytest.mark.parametrize("name", models.families())
+# Deep convolutional networks compile longest; each is compared in float32 in every run.
+DEEP = ("resnet", "googlenet", "mobilenetv2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in DEEP)) for n in models.families()],
+)
 def test_in_bfloat16_every_family_is_as_exact_as_it_was(name, distance):
     # A rounding to 8 bits that flips moves every later one, so both are held to float32: the
     # optimized numbers may be no further away than the original's.

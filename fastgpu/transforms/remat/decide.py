@@ -27,7 +27,7 @@ _VARIATIONS = (
     {"in_order": False},
     {"taper": 0.8},
 )
-_FEW, _MANY_EQUATIONS = 2, 20_000
+_FEW, _MANY_EQUATIONS = 3, 20_000
 # Cuts that are solved to integers, in the order of their relaxed cost.
 _MOST_TRIED = 6
 # Another cut is tried while it may come to less than this part of the price found.

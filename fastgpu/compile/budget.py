@@ -183,7 +183,7 @@ class Search:
         if best is None and least:
             plans = []
             for version in (self._original, *self._others):
-                anchor = self._anchor(version, budget, start)
+                anchor, _ = self._allowed(version, budget, start)
                 plans.append((version, version.planner.least(), anchor))
             best = min(plans, key=lambda plan: self._predict(plan[2], plan[1]))
         self.planning_seconds += time.perf_counter() - began
@@ -191,26 +191,31 @@ class Search:
 
     def expected_seconds(self, modelled_bytes: float) -> float:
         """About what the cheapest plan of `modelled_bytes` takes; infinite if none is in sight."""
-        exact = self.planner.expected_seconds(modelled_bytes)
-        if exact <= (1 + _CHEAP) * self.planner.unconstrained.seconds:
-            return exact
-        others = (v.planner.expected_seconds(modelled_bytes) for v in self._others)
-        return min([exact, *others])
+        began = time.perf_counter()
+        expected = self.planner.expected_seconds(modelled_bytes)
+        if expected > self._cheap_seconds:
+            others = (v.planner.expected_seconds(modelled_bytes) for v in self._others)
+            expected = min([expected, *others])
+        self.planning_seconds += time.perf_counter() - began
+        return expected
+
+    @property
+    def _cheap_seconds(self) -> float:
+        return (1 + _CHEAP) * self.planner.unconstrained.seconds
 
     def _exact_if_cheap(self, budget: float, start: int) -> _Planned | None:
         """A plan of the program as it is written, if it costs next to nothing."""
-        free = (1 + _CHEAP) * self.planner.unconstrained.seconds
-        anchor = self._anchor(self._original, budget, start)
-        if self.planner.expected_seconds(self._allowed(anchor, budget, start)) > free:
+        _, allowed = self._allowed(self._original, budget, start)
+        if self.planner.expected_seconds(allowed) > self._cheap_seconds:
             return None
         found = self._decide(self._original, budget, start, thorough=False)
-        return None if found is None or found[1].seconds > free else found
+        return None if found is None or found[1].seconds > self._cheap_seconds else found
 
     def _cheapest_version(self, budget: float, start: int) -> _Planned | None:
         """The cheapest plan of any version that was found."""
         expected = []
         for version in (self._original, *self._others):
-            allowed = self._allowed(self._anchor(version, budget, start), budget, start)
+            _, allowed = self._allowed(version, budget, start)
             expected.append((version.planner.expected_seconds(allowed), version))
         expected.sort(key=lambda pair: pair[0])
         for thorough in (False, True):
@@ -229,19 +234,22 @@ class Search:
         self, version: Version, budget: float, start: int, thorough: bool
     ) -> _Planned | None:
         """The decision for `budget` bytes if the model is off by as much as for the anchor."""
-        anchor = self._anchor(version, budget, start)
-        allowed = self._allowed(anchor, budget, start)
+        anchor, allowed = self._allowed(version, budget, start)
         whole = version.planner.unconstrained
         if whole.peak <= allowed:
             return version, whole, anchor
         modelled = version.planner.decide(allowed, thorough)
         return None if modelled is None else (version, modelled, anchor)
 
-    def _allowed(self, anchor: Attempt, budget: float, start: int) -> float:
-        """Modelled bytes for `budget`; what was just missed is missed again by a part of that."""
+    def _allowed(self, version: Version, budget: float, start: int) -> tuple[Attempt, float]:
+        """What corrects the model, and the modelled bytes for `budget`.
+
+        What was just missed is missed again by a part of that.
+        """
+        anchor = self._anchor(version, budget, start)
         tried = any(a is anchor for a in self.attempts[start:])
         aim = budget - _AGAIN * max(0.0, anchor.peak - budget) * tried
-        return anchor.modelled.peak + (aim - anchor.peak) / self.scale
+        return anchor, anchor.modelled.peak + (aim - anchor.peak) / self.scale
 
     def _anchor(self, version: Version, budget: float, start: int) -> Attempt:
         """The attempt that tells most about the next one: of the same version, recent, near."""

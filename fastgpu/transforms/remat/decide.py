@@ -107,7 +107,7 @@ class Planner:
         if best is None and not thorough:
             return None
         if best is None:
-            frugal = [found for found in self._frugal if found.peak <= budget]
+            frugal = [found for found in self.frugal if found.peak <= budget]
             if not frugal:
                 return None
             best = min(frugal, key=lambda found: found.seconds)
@@ -123,11 +123,11 @@ class Planner:
     def least(self) -> Modelled:
         """The decision with the lowest modelled peak that was found."""
         start = time.perf_counter()
-        best = min([self.unconstrained, *self._frugal], key=lambda m: m.peak)
+        best = min([self.unconstrained, *self.frugal], key=lambda m: m.peak)
         return replace(best, planning_seconds=time.perf_counter() - start)
 
     @cached_property
-    def _frugal(self) -> list[Modelled]:
+    def frugal(self) -> list[Modelled]:
         """Decisions near the least memory that each of the best cuts can do with.
 
         The solver's rows are above the model there, because they add up what is alive one after

@@ -40,6 +40,14 @@ class Joint:
         return list(self.backward.invars[self.cotangents :])
 
 
+@dataclass(frozen=True)
+class Changed:
+    """The same function's joint program, written another way; `how` says the change in a line."""
+
+    joint: Joint
+    how: str
+
+
 def trace_joint(
     fn: Callable[..., tuple[Any, Any]], differentiated: Sequence[Any], rest: Sequence[Any]
 ) -> Joint:

@@ -30,7 +30,7 @@ from fastgpu.ir.compat import (
     with_borders,
 )
 from fastgpu.transforms.inline import inline_calls
-from fastgpu.transforms.remat.joint import Joint, flat_program, without_unread
+from fastgpu.transforms.remat.joint import Changed, Joint, flat_program, without_unread
 from fastgpu.transforms.remat.sliceable import SUMMED, Dim, Sliced, resized, sliced, sliced_result
 
 # Scores that are a smaller part of the program's temporaries are left alone, and so are those of
@@ -44,15 +44,7 @@ _MOST_CHUNKS = 16
 _LARGE = 0.25
 
 
-@dataclass(frozen=True)
-class RowChunks:
-    """A joint program whose scores are made and used in chunks of rows; `how` says it in a line."""
-
-    joint: Joint
-    how: str
-
-
-def in_row_chunks(joint: Joint, temporary_bytes: int) -> RowChunks | None:
+def in_row_chunks(joint: Joint, temporary_bytes: int) -> Changed | None:
     """`joint` with a large product near its end, and what is made of it, in chunks of rows.
 
     `temporary_bytes` is what the program takes as it is. `None` where no product is a notable part
@@ -83,13 +75,13 @@ def in_row_chunks(joint: Joint, temporary_bytes: int) -> RowChunks | None:
         scores = flat.eqns[first].outvars[0]
         for dim in range(len(_shape(scores))):
             region = _region(flat, first, dim)
-            if region is None or not _may_move(joint, flat, region):
+            if region is None or not _gives_gradients(joint, flat, region):
                 continue
             chunks = _count(region.rows, aval_bytes(scores.aval), _CHUNK * temporary_bytes)
             if chunks > 1:
                 kind = f"{_aval(scores).dtype}[{','.join(map(str, _shape(scores)))}]"
                 how = f"{source_line(flat.eqns[first])}: {kind} in {chunks} chunks of rows"
-                return RowChunks(_rewritten(joint, flat, region, chunks), how)
+                return Changed(_rewritten(joint, flat, region, chunks), how)
     return None
 
 
@@ -207,12 +199,17 @@ def _common_size(flat: Jaxpr, region: _Region) -> int:
     return math.gcd(*sizes)
 
 
-def _may_move(joint: Joint, flat: Jaxpr, region: _Region) -> bool:
-    """Whether what the backward half gives the region depends on no more than the cotangent."""
-    boundary = len(joint.forward.eqns)
-    producer = {v: i for i, eqn in enumerate(flat.eqns) for v in eqn.outvars}
-    gradients = [v for v in region.results if producer[v] >= boundary]
+def _gives_gradients(joint: Joint, flat: Jaxpr, region: _Region) -> bool:
+    """Whether the region has results in the backward half, all of which the cotangent scales."""
+    gradients = _made_backward(joint, flat, region)
     return bool(gradients) and all(jnp.issubdtype(_aval(v).dtype, jnp.floating) for v in gradients)
+
+
+def _made_backward(joint: Joint, flat: Jaxpr, region: _Region) -> list[Var]:
+    """Results of the region that the backward half computes."""
+    boundary = len(joint.forward.eqns)
+    made = {v for i in region.members if i >= boundary for v in flat.eqns[i].outvars}
+    return [v for v in region.results if v in made]
 
 
 def _count(rows: int, scores_bytes: int, chunk_bytes: float) -> int:
@@ -226,8 +223,7 @@ def _rewritten(joint: Joint, flat: Jaxpr, region: _Region, chunks: int) -> Joint
     closed = inline_calls(jax.make_jaxpr(loop.run)(*map(_struct, loop.inputs)))
 
     # The forward half gives the gradients of a cotangent of 1, under names of its own.
-    made = {v for i in region.members if i >= boundary for v in flat.eqns[i].outvars}
-    gradients = [v for v in region.results if v in made]
+    gradients = _made_backward(joint, flat, region)
     given, taken = ({v: Var(v.aval) for v in gradients} for _ in range(2))
     scaling = []
     for v in gradients:

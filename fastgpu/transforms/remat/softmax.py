@@ -5,27 +5,19 @@ made of, beside the y that the next product reads. But e = y sum(e), and the sum
 scores need not be kept at all. The gradient changes by one rounding of an element.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from jax import lax
 
 from fastgpu.ir.compat import JaxprEqn, Literal, Var, with_borders
 from fastgpu.ir.fusion import storage
-from fastgpu.transforms.remat.joint import Joint, flat_program
+from fastgpu.transforms.remat.joint import Changed, Joint, flat_program
 
 _SAME = ("broadcast_in_dim", "reshape", "expand_dims", "transpose", "stop_gradient", "max")
 
 
-@dataclass(frozen=True)
-class OfResults:
-    """A joint program with gradients of softmaxes from their results; `how` says it in a line."""
-
-    joint: Joint
-    how: str
-
-
-def softmaxes_of_results(joint: Joint) -> OfResults | None:
+def softmaxes_of_results(joint: Joint) -> Changed | None:
     """`joint` whose backward half reads y sum(e) where it read a softmax's e; `None` if nowhere.
 
     Only where y is in memory in any case, and where the largest score was taken off first, so that
@@ -80,7 +72,7 @@ def softmaxes_of_results(joint: Joint) -> OfResults | None:
         if len(names) > 1
         else "1 softmax from its result"
     )
-    return OfResults(replace(joint, forward=forward), f"gradient of {many}")
+    return Changed(replace(joint, forward=forward), f"gradient of {many}")
 
 
 def _behind(producer: dict[Any, JaxprEqn], atom: Any, name: str) -> JaxprEqn | None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastgpu.exporters import export_saved_model as export_saved_model
     from fastgpu.importers import from_keras as from_keras
     from fastgpu.importers import from_nnx as from_nnx
+    from fastgpu.keras_integration import accelerate as accelerate
     from fastgpu.training import TrainState as TrainState
     from fastgpu.training import evaluate as evaluate
     from fastgpu.training import fit as fit
@@ -39,6 +40,7 @@ _PUBLIC = {
     "from_nnx": "fastgpu.importers",
     # optimize
     "optimize": "fastgpu.transforms",
+    "accelerate": "fastgpu.keras_integration",
     # plan
     "value_and_grad": "fastgpu.compile",
     "plan": "fastgpu.compile",

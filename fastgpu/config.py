@@ -1,4 +1,4 @@
-"""What has to be settled before JAX starts: device, precision, memory, compilation cache, seed.
+"""What has to be settled before JAX starts: device, precision, memory, compilation cache, Keras.
 
 The one warning: JAX reads most of this once, when its backend starts. Call `configure` first.
 """
@@ -9,6 +9,7 @@ import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pkgutil import resolve_name
 from types import FrameType
 from typing import Literal, get_args
 
@@ -17,6 +18,7 @@ import platformdirs
 from jax.experimental.compilation_cache import compilation_cache
 
 from fastgpu.errors import ConfigurationError
+from fastgpu.hardware.after_import import after_import
 from fastgpu.hardware.backend import backend_started, first_use_of_jax
 
 Precision = Literal["default", "float32", "tf32", "bfloat16"]
@@ -30,7 +32,10 @@ _MATMUL_PRECISION = {
 }
 _CACHE_LIMIT_BYTES = 4 * 2**30
 _CACHE_MIN_COMPILE_SECONDS = 0.5  # below it, reading the file costs what compiling does
+_KERAS_TRAINER = "keras.src.backend.jax.trainer"
+_ACCELERATE_ALL = "fastgpu.keras_integration:accelerate_all"
 _log = logging.getLogger("fastgpu")
+_keras_accelerated = False
 _in_force: "Configuration | None" = None
 
 
@@ -92,6 +97,7 @@ def configure(
     preallocate: bool | None = None,
     memory_fraction: float | None = None,
     cache: bool | str | os.PathLike[str] = True,
+    keras: bool = True,
     deterministic: bool = False,
     seed: int = 0,
     log_level: LogLevel = "warning",
@@ -112,6 +118,9 @@ def configure(
       cache: where compiled programs are kept between runs: True for the user's cache folder (or
         `JAX_COMPILATION_CACHE_DIR`), a path, or False. A folder that cannot be written is warned
         about and left out. Beyond 4 GiB the oldest programs are deleted.
+      keras: whether Keras models, `tf.keras` included, train on JAX through fastgpu's passes. For
+        programs that import Keras or TensorFlow after this call. `KERAS_BACKEND` is respected: set
+        to another backend, or with Keras imported before, Keras stays as it is.
       deterministic: run-to-run equal numbers on GPUs (XLA's `--xla_gpu_deterministic_ops`, which
         gives up autotuning and some fast kernels).
       seed: recorded; `Configuration.rng` is the random key made from it.
@@ -144,6 +153,8 @@ def configure(
     _set_log_level(log_level)
     jax.config.update("jax_default_matmul_precision", _MATMUL_PRECISION[precision])
     cache_dir = _set_cache(cache)
+    if keras:
+        _accelerate_keras()
     if _in_force is None:
         platform, names = _start(device)
         _in_force = Configuration(
@@ -274,6 +285,27 @@ def _set_cache(cache: bool | str | os.PathLike[str]) -> Path | None:
     jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _CACHE_MIN_COMPILE_SECONDS)
     return folder
+
+
+def _accelerate_keras() -> None:
+    """Choose Keras's JAX backend, and what happens when it is imported."""
+    global _keras_accelerated
+    if _keras_accelerated:
+        return
+    if os.environ.setdefault("KERAS_BACKEND", "jax") != "jax":
+        _log.info("Keras is left alone: KERAS_BACKEND=%s", os.environ["KERAS_BACKEND"])
+        return
+    if "keras" in sys.modules and _KERAS_TRAINER not in sys.modules:
+        _log.warning(
+            "Keras was imported before fastgpu.configure() and does not run on JAX: it is left as "
+            "it is. Move configure() above the first import of Keras or TensorFlow"
+        )
+        return
+    # TensorFlow, which may still read the data, must not take a GPU's whole memory.
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    _keras_accelerated = True
+    # By name: what does it lies layers above, and is imported when Keras is.
+    after_import(_KERAS_TRAINER, lambda trainer: resolve_name(_ACCELERATE_ALL)(trainer))
 
 
 def _cache_folder(cache: bool | str | os.PathLike[str]) -> Path | None:

@@ -44,7 +44,7 @@ from fastgpu.training.microbatch import (
 )
 from fastgpu.training.state import TrainState, strong
 from fastgpu.training.ways_out import ways_out
-from fastgpu.transforms import optimize
+from fastgpu.transforms import optimize, whole_step
 from fastgpu.transforms.remat import check_compress
 
 LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, tuple[Any, Mapping[str, Any]]]]
@@ -217,8 +217,8 @@ class TrainStep:
     def compile(self, state: TrainState, batch: Any, target: Any = None) -> Any:
         """The step without a memory budget, compiled for `target` (by default its own), not run."""
         state, batch = jax.tree.map(shape_of, (state, batch))
-        fn = self._build(self._value_and_grad())
-        return self._compiled(fn, state, batch, self.target if target is None else target)
+        target = self.target if target is None else target
+        return self._compiled(self._build(self._value_and_grad(), target), state, batch, target)
 
     def _compiled(self, fn: Any, state: TrainState, batch: Any, target: Any) -> Any:
         return compile_for(fn, (state, batch), target, **self._donation(), **_same_places(state))
@@ -277,7 +277,7 @@ class TrainStep:
             def value_and_grad(params: Any, *rest: Any) -> Any:
                 return gradient.evaluate(program, params, rest)
 
-            return self._build(accumulated(value_and_grad, self.loss_fn, count))
+            return self._build(accumulated(value_and_grad, self.loss_fn, count), target)
 
         def compiled(program: ClosedJaxpr) -> Any:
             return self._compiled(build(program), state, batch, target)
@@ -294,7 +294,7 @@ class TrainStep:
     @cached_property
     def _jitted(self) -> Any:
         if not self._plans:
-            return jax.jit(self._build(self._value_and_grad()), **self._donation())
+            return jax.jit(self._build(self._value_and_grad(), self.target), **self._donation())
         # The plan is made while JAX traces: once for each kind of batch.
         options = options_for(platform())
         return jax.jit(self._planned, compiler_options=options, **self._donation())
@@ -324,7 +324,7 @@ class TrainStep:
         return accumulated(value_and_grad, self.loss_fn, self.accumulate_steps)
 
     def _build(
-        self, value_and_grad: Callable[..., Any]
+        self, value_and_grad: Callable[..., Any], target: Any = None
     ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
         optimizer = optax.with_extra_args_support(self.optimizer)
 
@@ -345,7 +345,8 @@ class TrainStep:
             _require_same_state(state, after)
             return after, {**metrics, "loss": loss}
 
-        return train_step
+        passes = whole_step(self.passes, target)
+        return optimize(train_step, passes, target) if passes else train_step
 
     def _check_batch(self, batch: Any, leaves: list[Any], tree: Any) -> None:
         # Shapes and dtypes as they stand, so that the check of an equal batch costs microseconds.

@@ -4,7 +4,8 @@
 pass did. To change it, hand `passes=` another list of passes or names:
 
 >>> [step.name for step in DEFAULT_PASSES]
-['inline', 'cse', 'fold', 'pointwise', 'depthwise', 'max_pool', 'small_spatial', 'row_pick', 'dce']
+['inline', 'cse', 'fold', 'pointwise', 'depthwise', 'max_pool', 'small_spatial',
+ 'stem', 'outer_products', 'random_bits', 'row_pick', 'in_place', 'dce']
 >>> len(without("cse")) == len(DEFAULT_PASSES) - 1
 True
 """
@@ -22,7 +23,17 @@ from fastgpu.hardware import Device, Target, resolve_target
 from fastgpu.ir.compat import ClosedJaxpr
 from fastgpu.transforms.common_subexpressions import merge_common_subexpressions
 from fastgpu.transforms.constant_folding import fold_constants
-from fastgpu.transforms.dataflow import depthwise, max_pool, pointwise, row_pick, small_spatial
+from fastgpu.transforms.dataflow import (
+    depthwise,
+    max_pool,
+    outer_products,
+    pointwise,
+    random_bits,
+    row_pick,
+    small_spatial,
+    stem,
+)
+from fastgpu.transforms.dataflow.in_place import update_in_place
 from fastgpu.transforms.dead_code import remove_dead_code
 from fastgpu.transforms.inline import inline_calls
 from fastgpu.transforms.pipeline import Context, Pass, PassReport, run_passes
@@ -35,6 +46,7 @@ __all__ = [
     "PassReport",
     "inspect",
     "optimize",
+    "whole_step",
     "without",
 ]
 
@@ -83,11 +95,39 @@ DEFAULT_PASSES: tuple[Pass, ...] = (
         platforms=("cpu",),
     ),
     Pass(
+        "stem",
+        "forward",
+        _lowering(stem.CHOOSER),
+        "the weight gradient over an image's three features as a product of windows",
+        platforms=("cpu",),
+    ),
+    Pass(
+        "outer_products",
+        "forward",
+        _lowering(outer_products.CHOOSER),
+        "a wide layer's weight gradient is added up in the optimizer's pass, not in memory",
+        platforms=("cpu",),
+    ),
+    Pass(
+        "random_bits",
+        "forward",
+        _lowering(random_bits.CHOOSER),
+        "dropout masks are computed where they are used, bit for bit: 5 times faster on CPU",
+        platforms=("cpu",),
+    ),
+    Pass(
         "row_pick",
         "forward",
         lambda closed, context: ir.rewrite(closed, {"gather": row_pick.rule}),
         "a label's logit by comparison: its gradient is a mask, not a scatter into zeros",
         platforms=("cuda",),
+    ),
+    Pass(
+        "in_place",
+        "step",
+        _plain(update_in_place),
+        "a parameter is read by the gradient before it is updated, so that it need not be copied",
+        platforms=("cpu",),
     ),
     Pass("dce", "forward", _plain(remove_dead_code), "what nobody reads is not computed"),
 )
@@ -124,6 +164,19 @@ def resolve_passes(passes: str | Sequence[Pass | str]) -> tuple[Pass, ...]:
                 fix="use one of these names, or give a fastgpu.transforms.Pass",
             )
     return tuple(step if isinstance(step, Pass) else by_name[step] for step in passes)
+
+
+def whole_step(
+    passes: str | Sequence[Pass | str], target: str | Device | Target | None = None
+) -> tuple[Pass, ...]:
+    """Those of `passes` that change a whole training step on `target`, after `inline` if it is in.
+
+    >>> [step.name for step in whole_step("default", "cpu")], whole_step("default", "h100")
+    (['inline', 'in_place'], ())
+    """
+    steps = resolve_passes(passes)
+    found = [step for step in _in_force(steps, resolve_target(target)) if step.stage == "step"]
+    return (*(step for step in steps if step.name == "inline"), *found) if found else ()
 
 
 def optimize(
@@ -226,9 +279,12 @@ class Inspection:
 def _run(
     closed: ClosedJaxpr, steps: Sequence[Pass], target: str | Device | Target | None
 ) -> tuple[ClosedJaxpr, list[PassReport]]:
-    chosen = resolve_target(target).device
-    in_force = [step for step in steps if chosen.platform in step.platforms]
-    return run_passes(closed, in_force, Context(chosen))
+    chosen = resolve_target(target)
+    return run_passes(closed, _in_force(steps, chosen), Context(chosen.device))
+
+
+def _in_force(steps: Sequence[Pass], target: Target) -> list[Pass]:
+    return [step for step in steps if target.device.platform in step.platforms]
 
 
 @dataclass(frozen=True)

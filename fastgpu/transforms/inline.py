@@ -4,13 +4,13 @@ A call that fixes shardings, layouts, donation or compiler options stays: inlini
 what it says. The call's name becomes a name scope.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from fastgpu import ir
-from fastgpu.ir.compat import ClosedJaxpr, is_plain_call
+from fastgpu.ir.compat import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, is_plain_call
 from fastgpu.ir.rewrite import interpret
 
 
@@ -26,6 +26,27 @@ def inline_calls(closed: ClosedJaxpr) -> ClosedJaxpr:
       in (c,) }
     """
     return ir.rewrite(closed, _RULES)
+
+
+def instantiated(
+    program: Jaxpr, inputs: Sequence[Any], results: Sequence[Var] = ()
+) -> tuple[list[JaxprEqn], list[Any]]:
+    """The equations of `program` for these inputs, under new names, and what its outputs are.
+
+    Outputs are called `results`, if given; each is then the result of an equation.
+    """
+    names: dict[Any, Any] = dict(zip(program.invars, inputs, strict=True))
+    given = dict(zip(program.outvars, results, strict=True)) if results else {}
+
+    def read(atom: Any) -> Any:
+        return atom if isinstance(atom, Literal) else names[atom]
+
+    eqns = []
+    for eqn in program.eqns:
+        invars = [read(v) for v in eqn.invars]
+        names.update((v, given.get(v) or Var(v.aval)) for v in eqn.outvars)
+        eqns.append(eqn.replace(invars=invars, outvars=[names[v] for v in eqn.outvars]))
+    return eqns, [read(v) for v in program.outvars]
 
 
 def _rule(eqn: ir.JaxprEqn) -> Callable[..., Any] | None:

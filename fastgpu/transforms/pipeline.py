@@ -28,7 +28,8 @@ class Context:
 class Pass:
     """One rewriting step: `run(closed_jaxpr, context)` gives an equivalent closed jaxpr.
 
-    `stage` is "forward" (before differentiation) or "joint" (forward and backward in one jaxpr).
+    `stage` is "forward" (before differentiation), "joint" (forward and backward in one jaxpr) or
+    "step" (a whole training step, update included); in a program without it, a pass does nothing.
     `why` is one line. `platforms` are those on which the pass pays; elsewhere it is left out.
 
     >>> halve = Pass("nothing", "forward", lambda closed, context: closed, why="an example")
@@ -37,7 +38,7 @@ class Pass:
     """
 
     name: str
-    stage: Literal["forward", "joint"]
+    stage: Literal["forward", "joint", "step"]
     run: Callable[[ClosedJaxpr, Context], ClosedJaxpr]
     why: str
     platforms: tuple[str, ...] = ("cpu", "cuda", "tpu")

@@ -127,4 +127,4 @@ def test_what_the_passes_match_in_an_application():
         target="cpu",
     )
     labels = [ir.stands_for(eqn)[0] for eqn in ir.walk(report.after) if "lowered" in str(eqn)[:200]]
-    assert labels.count("conv_general_dilated") == 13 + 13 + 1
+    assert labels.count("conv_general_dilated") == 13 + 13 + 1 + 1

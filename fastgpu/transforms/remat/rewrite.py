@@ -21,6 +21,7 @@ from jax import lax
 from fastgpu.ir.analysis import aval_bytes
 from fastgpu.ir.compat import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from fastgpu.ir.fusion import is_fusible
+from fastgpu.transforms.inline import instantiated
 from fastgpu.transforms.remat.joint import Joint, joined
 from fastgpu.transforms.remat.solve import Decision
 
@@ -269,13 +270,9 @@ class _Emitter:
 
     def _inline(self, program: Jaxpr, values: Sequence[Any]) -> list[Any]:
         """Append `program`'s equations for these inputs; the names of its outputs."""
-        names: dict[Any, Any] = dict(zip(program.invars, values, strict=True))
-        for eqn in program.eqns:
-            outvars = [Var(v.aval) for v in eqn.outvars]
-            invars = [v if isinstance(v, Literal) else names[v] for v in eqn.invars]
-            self.eqns.append(eqn.replace(invars=invars, outvars=outvars))
-            names.update(zip(eqn.outvars, outvars, strict=True))
-        return [names[v] for v in program.outvars]
+        eqns, outputs = instantiated(program, values)
+        self.eqns += eqns
+        return outputs
 
     def _stored_cotangents(self, cotangents: Iterable[Var]) -> tuple[list[Var], list[int]]:
         """The stored values behind `cotangents`, and the fused equations between, in order.

@@ -19,7 +19,6 @@ from jax import lax
 
 from fastgpu.ir.analysis import aval_bytes
 from fastgpu.ir.compat import (
-    ClosedJaxpr,
     Jaxpr,
     JaxprEqn,
     Literal,
@@ -29,7 +28,7 @@ from fastgpu.ir.compat import (
     source_line,
     with_borders,
 )
-from fastgpu.transforms.inline import inline_calls
+from fastgpu.transforms.inline import inline_calls, instantiated
 from fastgpu.transforms.remat.joint import Changed, Joint, flat_program, without_unread
 from fastgpu.transforms.remat.sliceable import SUMMED, Dim, Sliced, resized, sliced, sliced_result
 
@@ -228,14 +227,15 @@ def _rewritten(joint: Joint, flat: Jaxpr, region: _Region, chunks: int) -> Joint
     scaling = []
     for v in gradients:
         scaled = inline_calls(jax.make_jaxpr(_scaled)(_struct(cotangent), _struct(v)))
-        scaling += _inlined(scaled, [cotangent, taken[v]], [v])
+        scaling += instantiated(scaled.jaxpr, [cotangent, taken[v]], [v])[0]
 
     before, after = [], []
     for index, eqn in enumerate(joint.forward.eqns):
         if index not in region.members:
             (after if index in region.later else before).append(eqn)
     rest = [e for i, e in enumerate(joint.backward.eqns, boundary) if i not in region.members]
-    chunked = _inlined(closed, loop.inputs, [given.get(v, v) for v in region.results])
+    results = [given.get(v, v) for v in region.results]
+    chunked, _ = instantiated(closed.jaxpr, loop.inputs, results)
     forward = with_borders(
         joint.forward,
         eqns=[*before, *chunked, *after],
@@ -324,21 +324,6 @@ def _summing_dtype(v: Var) -> Any:
     """Floating-point chunks of 16 bits are added up in 32."""
     dtype = _aval(v).dtype
     return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
-
-
-def _inlined(closed: ClosedJaxpr, invars: list[Any], outvars: list[Any]) -> list[JaxprEqn]:
-    """The equations of `closed`, of which every result is computed, under these names."""
-    assert not closed.consts
-    names: dict[Any, Any] = dict(zip(closed.jaxpr.invars, invars, strict=True))
-    names |= zip(closed.jaxpr.outvars, outvars, strict=True)
-
-    def name(atom: Any) -> Any:
-        return atom if isinstance(atom, Literal) else names.get(atom, atom)
-
-    return [
-        eqn.replace(invars=[name(v) for v in eqn.invars], outvars=[name(v) for v in eqn.outvars])
-        for eqn in closed.jaxpr.eqns
-    ]
 
 
 def _read(eqn: JaxprEqn, known: dict[Any, Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What each other code for a convolution or a pooling gradient buys, operation by operation.
+"""What each other code buys, operation by operation.
 
     python benchmarks/lowerings.py --json benchmarks/results/lowerings.json     (about 4 minutes)
 
@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 
 import fastgpu as fgpu
@@ -39,6 +40,9 @@ CONVOLUTIONS = {
     "3x3 8²x512 to 512 stride 2": ((16, 8, 8, 512), 3, 2, 512, 1),
     "3x3 4²x256 to 256": ((16, 4, 4, 256), 3, 1, 256, 1),
     "3x3 8²x256 to 256": ((16, 8, 8, 256), 3, 1, 256, 1),
+    "3x3 128²x3 to 32 stride 2": ((16, 128, 128, 3), 3, 2, 32, 1),
+    "3x3 300²x3 to 32": ((16, 300, 300, 3), 3, 1, 32, 1),
+    "7x7 224²x3 to 64 stride 2": ((16, 224, 224, 3), 7, 2, 64, 1),
 }
 # name: (input shape, window, stride, padding)
 POOLS = {
@@ -60,7 +64,12 @@ def main() -> None:
         if args.only not in name:
             continue
         for part, (fn, inputs) in parts().items():
-            baseline, ours = interleaved(jax.jit(fn), fgpu.optimize(fn, target="cpu"), inputs)
+            fast = fgpu.optimize(fn, target="cpu")
+            if part == "step":  # which takes the memory of its first input, as training steps do
+                pair = [Step(side, inputs) for side in (fn, fast)]
+                baseline, ours = interleaved(*pair, inputs[1:])
+            else:
+                baseline, ours = interleaved(jax.jit(fn), fast, inputs)
             row = {"operation": name, "part": part, "xla_ms": baseline, "fastgpu_ms": ours}
             rows.append(row)
             ratio = baseline / ours
@@ -75,7 +84,14 @@ def operations() -> dict[str, Callable[[], dict[str, Any]]]:
     convolutions = {
         name: lambda spec=spec: convolution(*spec) for name, spec in CONVOLUTIONS.items()
     }
-    return {**convolutions, **{name: lambda spec=spec: pool(*spec) for name, spec in POOLS.items()}}
+    pools = {name: lambda spec=spec: pool(*spec) for name, spec in POOLS.items()}
+    return {
+        **convolutions,
+        **pools,
+        "random bits, 8 million": random_bits,
+        "dense 16x32768 to 1000, Adam": lambda: dense(16, 32768, 1000),
+        "two dense of 4096, batch 64, SGD": lambda: two_dense(64, 4096),
+    }
 
 
 def convolution(
@@ -121,6 +137,55 @@ def pool(shape: tuple[int, ...], window: int, stride: int, padding: int) -> dict
 
     cotangent = jnp.asarray(rng.normal(size=jax.eval_shape(max_pool, x).shape), jnp.float32)
     return {"gradient": (lambda x, ct: jax.vjp(max_pool, x)[1](ct), (x, cotangent))}
+
+
+def random_bits() -> dict[str, Any]:
+    key = jax.random.key(0)
+    return {"forward": (lambda key: jax.random.bits(key, (1 << 23,)), (key,))}
+
+
+def dense(batch: int, features: int, units: int) -> dict[str, Any]:
+    """A wide layer's weight gradient and its update."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(batch, features)), jnp.float32)
+    ct = jnp.asarray(rng.normal(size=(batch, units)), jnp.float32)
+    tx = optax.adam(1e-3)
+    weights = jnp.zeros((features, units))
+
+    def step(state: Any, x: jax.Array, ct: jax.Array) -> Any:
+        weights, opt_state = state
+        updates, opt_state = tx.update(x.T @ ct, opt_state)
+        return optax.apply_updates(weights, updates), opt_state
+
+    return {"step": (step, ((weights, tx.init(weights)), x, ct))}
+
+
+def two_dense(batch: int, width: int) -> dict[str, Any]:
+    """Two wide layers, whose weights are read by the gradient and updated."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(batch, width)), jnp.float32)
+    weights = [jnp.asarray(rng.normal(size=(width, width)) / width, jnp.float32) for _ in "ab"]
+
+    def step(weights: Any, x: jax.Array) -> Any:
+        def loss(weights: Any) -> jax.Array:
+            return jnp.sum((jnp.tanh(x @ weights[0]) @ weights[1]) ** 2)
+
+        return jax.tree.map(lambda w, g: w - 1e-6 * g, weights, jax.grad(loss)(weights))
+
+    return {"step": (step, (weights, x))}
+
+
+class Step:
+    """A step that donates its state, and keeps the state that it returns."""
+
+    def __init__(self, fn: Callable[..., Any], inputs: Any) -> None:
+        self.fn = jax.jit(fn, donate_argnums=0)
+        self.state = jax.tree.map(jnp.array, inputs[0])
+
+    def __call__(self, *args: jax.Array) -> Any:
+        """The state after one more step."""
+        self.state = self.fn(self.state, *args)
+        return self.state
 
 
 def interleaved(one: Any, other: Any, inputs: tuple[jax.Array, ...]) -> tuple[float, float]:

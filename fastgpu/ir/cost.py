@@ -124,7 +124,15 @@ def _scatter_window(eqn: JaxprEqn, params: dict[str, Any]) -> float:
     return _size(eqn.invars[0]) * math.prod(params["window_dimensions"])
 
 
+def _attention(eqn: JaxprEqn, params: dict[str, Any]) -> float:
+    # Products over queries and keys: two, in the derivative four, in the gradient five.
+    queries, keys = _size(eqn.invars[0]), _shape(eqn.invars[1])[1]
+    products = {"forward": 2, "tangent": 4, "backward": 5}[params["part"]]
+    return 2 * queries * keys * products / (2 if params["form"].causal else 1)
+
+
 _FLOPS: dict[str, Callable[[JaxprEqn, dict[str, Any]], float]] = {
+    "attention": _attention,
     "dot_general": _dot,
     "conv_general_dilated": _convolution,
     "reduce_window_max": _window,

@@ -52,6 +52,16 @@ _DEAR = frozenset(("random_bits", "threefry2x32", "erf_inv"))
 # Written over their first operand when nobody needs it any more.
 _IN_PLACE = ("dynamic_update_slice", "scatter")
 
+# Fusible, but not element by element.
+_MOVING = frozenset(
+    (
+        *("broadcast_in_dim", "concatenate", "dynamic_slice", "expand_dims", "iota", "pad", "rev"),
+        *("reshape", "slice", "split", "squeeze", "transpose", "random_bits", "random_wrap"),
+        *("random_unwrap", "threefry2x32", "sharding_constraint", "bitcast_convert_type"),
+        *("custom_jvp_call", "jit", "pjit", "closed_call", "core_call", "copy_p"),
+    )
+)
+
 
 def is_fusible(eqn: JaxprEqn) -> bool:
     """Whether a compiler computes `eqn` inside of the kernels that read its result.
@@ -65,6 +75,17 @@ def is_fusible(eqn: JaxprEqn) -> bool:
     if name in _CALLS:
         return all(is_fusible(inner) for sub in sub_jaxprs(eqn) for inner in sub.eqns)
     return (name in _FUSIBLE or name in _VIEWS) and not eqn.effects
+
+
+def is_elementwise(eqn: JaxprEqn) -> bool:
+    """Whether each element of the result is made of the same one of every input.
+
+    >>> import jax, jax.numpy as jnp
+    >>> eqns = jax.make_jaxpr(lambda x: jnp.exp(x).T)(jnp.ones((2, 2))).jaxpr.eqns
+    >>> [is_elementwise(eqn) for eqn in eqns]
+    [True, False]
+    """
+    return eqn.primitive.name not in _MOVING and is_fusible(eqn)
 
 
 def is_view(eqn: JaxprEqn) -> bool:

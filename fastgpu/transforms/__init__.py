@@ -4,7 +4,7 @@
 pass did. To change it, hand `passes=` another list of passes or names:
 
 >>> [step.name for step in DEFAULT_PASSES]
-['inline', 'cse', 'fold', 'pointwise', 'depthwise', 'max_pool', 'small_spatial',
+['inline', 'cse', 'fold', 'attention', 'pointwise', 'depthwise', 'max_pool', 'small_spatial',
  'stem', 'outer_products', 'random_bits', 'row_pick', 'in_place', 'dce']
 >>> len(without("cse")) == len(DEFAULT_PASSES) - 1
 True
@@ -33,6 +33,7 @@ from fastgpu.transforms.dataflow import (
     small_spatial,
     stem,
 )
+from fastgpu.transforms.dataflow.attention import fuse_attention
 from fastgpu.transforms.dataflow.in_place import update_in_place
 from fastgpu.transforms.dead_code import remove_dead_code
 from fastgpu.transforms.inline import inline_calls
@@ -63,6 +64,13 @@ DEFAULT_PASSES: tuple[Pass, ...] = (
     Pass("inline", "forward", _plain(inline_calls), "later passes see one flat program"),
     Pass("cse", "forward", _plain(merge_common_subexpressions), "equal values are computed once"),
     Pass("fold", "forward", _plain(fold_constants), "what depends on no input is a constant"),
+    Pass(
+        "attention",
+        "forward",
+        fuse_attention,
+        "softmax attention by cuDNN's kernel, which never writes the scores to memory",
+        platforms=("cuda",),
+    ),
     Pass(
         "pointwise",
         "forward",

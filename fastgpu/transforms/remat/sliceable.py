@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastgpu.ir.compat import JaxprEqn, Literal
-from fastgpu.ir.fusion import is_fusible
+from fastgpu.ir.fusion import is_elementwise
 
 SUMMED = "summed"
 # The dimension along which a value is cut; `None` for a value that every chunk needs whole.
@@ -18,15 +18,6 @@ Dim = int | None
 _REDUCTIONS = (
     *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"),
     *("argmax", "argmin"),
-)
-# Fusible, but not element by element.
-_MOVING = frozenset(
-    (
-        *("broadcast_in_dim", "concatenate", "dynamic_slice", "expand_dims", "iota", "pad", "rev"),
-        *("reshape", "slice", "split", "squeeze", "transpose", "random_bits", "random_wrap"),
-        *("random_unwrap", "threefry2x32", "sharding_constraint", "bitcast_convert_type"),
-        *("custom_jvp_call", "jit", "pjit", "closed_call", "core_call", "copy_p"),
-    )
 )
 # Parameters with the size of the result along a dimension that is cut.
 _SHAPES = {
@@ -53,7 +44,7 @@ def sliced(eqn: JaxprEqn, dims: Sequence[Dim]) -> Sliced | None:
     if len(eqn.outvars) != 1 or eqn.effects:
         return None
     name = eqn.primitive.name
-    if _is_elementwise(eqn):
+    if is_elementwise(eqn):
         cut = {dim for dim in dims if dim is not None}
         return _elementwise(eqn, cut.pop()) if len(cut) == 1 else None
     if name in _REDUCTIONS:
@@ -72,7 +63,7 @@ def sliced_result(eqn: JaxprEqn, dim: int) -> Sliced | None:
     """How `eqn` gives a slice of its result along `dim`, or `None` if it does not."""
     if len(eqn.outvars) != 1 or eqn.effects:
         return None
-    if _is_elementwise(eqn):
+    if is_elementwise(eqn):
         return _elementwise(eqn, dim)
     if eqn.primitive.name == "iota" and eqn.params["dimension"] != dim:
         return Sliced((None,) * len(eqn.invars), dim)
@@ -104,10 +95,6 @@ def resized(eqn: JaxprEqn, dim: int | str, size: int) -> dict[str, Any]:
 
 def _shape(atom: Any) -> tuple[int, ...]:
     return tuple(atom.aval.shape)
-
-
-def _is_elementwise(eqn: JaxprEqn) -> bool:
-    return eqn.primitive.name not in _MOVING and is_fusible(eqn)
 
 
 def _elementwise(eqn: JaxprEqn, dim: int) -> Sliced | None:

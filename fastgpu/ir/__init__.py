@@ -6,6 +6,7 @@ from fastgpu.ir.analysis import uses as uses
 from fastgpu.ir.analysis import walk as walk
 from fastgpu.ir.compat import ClosedJaxpr as ClosedJaxpr
 from fastgpu.ir.compat import JaxprEqn as JaxprEqn
+from fastgpu.ir.compat import source_line as source_line
 from fastgpu.ir.cost import Cost as Cost
 from fastgpu.ir.cost import equation_cost as equation_cost
 from fastgpu.ir.cost import program_cost as program_cost

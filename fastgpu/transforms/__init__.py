@@ -10,6 +10,7 @@ pass did. To change it, hand `passes=` another list of passes or names:
 True
 """
 
+import difflib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -267,21 +268,109 @@ class Inspection:
     after: ClosedJaxpr
     passes: tuple[PassReport, ...]
 
+    def before_pass(self, name: str) -> ClosedJaxpr:
+        """The program that the pass called `name` was given.
+
+        Raises `ConfigurationError` if no such pass ran.
+        """
+        index = self._index(name)
+        program = self.passes[index - 1].program if index else self.before
+        assert program is not None
+        return program
+
+    def after_pass(self, name: str) -> ClosedJaxpr:
+        """The program that the pass called `name` returned.
+
+        Raises `ConfigurationError` if no such pass ran.
+        """
+        program = self.passes[self._index(name)].program
+        assert program is not None
+        return program
+
+    def operations(self) -> list[dict[str, object]]:
+        """Every product, convolution, pooling and attention, and whose code computes it.
+
+        One dict each: the operation, the types of its inputs, the pass whose code it is or "XLA",
+        floating-point operations, and the user's source line.
+
+        >>> found = inspect(lambda x: x @ x, jax.ShapeDtypeStruct((4, 4), "float32"), target="cpu")
+        >>> [(row["operation"], row["code"], row["flops"]) for row in found.operations()]
+        [('dot_general', 'XLA', 128.0)]
+        """
+        rows: list[dict[str, object]] = []
+        for eqn in ir.walk(self.after):
+            name, _ = ir.stands_for(eqn)
+            if name in _OPERATIONS:
+                claimed = eqn.primitive.name != name
+                code = eqn.params["chooser"].name if claimed else _OPERATIONS[name]
+                row = {
+                    "operation": name,
+                    "inputs": [str(v.aval) for v in eqn.invars],
+                    "code": code,
+                    "flops": ir.equation_cost(eqn).flops,
+                    "source": ir.source_line(eqn),
+                }
+                rows.append(row)
+        return rows
+
+    def difference(self, other: "Inspection") -> str:
+        """The optimized program against that of `other`, as a unified diff of their equations.
+
+        An equation is its operation, types and source line; names of variables are left out.
+
+        >>> twice = lambda x: jax.lax.sin(x) + jax.lax.sin(x)
+        >>> merged, both = inspect(twice, 1.0), inspect(twice, 1.0, passes=without("cse"))
+        >>> [line.split("  ")[0] for line in merged.difference(both).splitlines()[3:]]
+        ['+sin float32[] -> float32[]']
+        """
+        pair = [[_described(eqn) for eqn in ir.walk(one.after)] for one in (self, other)]
+        lines = difflib.unified_diff(pair[0], pair[1], "this", "other", n=0, lineterm="")
+        return "\n".join(lines)
+
     def to_json(self) -> list[dict[str, object]]:
         """One JSON-ready dict per pass."""
         return [report.to_json() for report in self.passes]
 
+    def _index(self, name: str) -> int:
+        names = [report.name for report in self.passes]
+        if name not in names:
+            raise ConfigurationError(
+                f"no pass called {name!r} ran",
+                expected=f"one of {', '.join(names)}",
+                got=repr(name),
+                fix="take one of these; others are off on this target, or were disabled",
+            )
+        return names.index(name)
+
     def __str__(self) -> str:
-        lines = [f"{'pass':<14}{'equations':>14}{'GFLOP':>18}{'GB moved':>18}{'seconds':>9}  +/-"]
+        lines = [f"{'pass':<14}{'equations':>14}{'GFLOP':>22}{'GB moved':>22}{'seconds':>9}  +/-"]
         for row in self.passes:
             changed = ", ".join(f"{count:+d} {name}" for name, count in row.changed.items())
             flops = " → ".join(f"{value / 1e9:.3g}" for value in row.flops)
             moved = " → ".join(f"{value / 1e9:.3g}" for value in row.bytes_moved)
             equations = " → ".join(str(count) for count in row.equations)
             lines.append(
-                f"{row.name:<14}{equations:>14}{flops:>18}{moved:>18}{row.seconds:>9.3f}  {changed}"
+                f"{row.name:<14}{equations:>14}{flops:>22}{moved:>22}{row.seconds:>9.3f}  {changed}"
             )
         return "\n".join(lines)
+
+
+# Whose code computes an operation that no pass has claimed.
+_OPERATIONS = {
+    **dict.fromkeys(("dot_general", "conv_general_dilated", "cumsum", "sort", "gather"), "XLA"),
+    **dict.fromkeys(("reduce_window_max", "reduce_window_sum", "select_and_scatter_add"), "XLA"),
+    **dict.fromkeys(("select_and_gather_add", "scatter-add", "random_bits"), "XLA"),
+    "attention": "attention",
+}
+
+
+def _described(eqn: ir.JaxprEqn) -> str:
+    name, _ = ir.stands_for(eqn)
+    if eqn.primitive.name != name:
+        name = f"{name} by {eqn.params['chooser'].name}"
+    types = ", ".join(v.aval.str_short() for v in eqn.invars)  # pyright: ignore
+    made = ", ".join(v.aval.str_short() for v in eqn.outvars)  # pyright: ignore
+    return f"{name} {types} -> {made}  # {ir.source_line(eqn)}"
 
 
 def _run(

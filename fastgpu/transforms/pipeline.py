@@ -58,6 +58,8 @@ class PassReport:
     bytes_moved: tuple[float, float]
     seconds: float
     changed: dict[str, int] = field(default_factory=dict)
+    # The program that the pass returned.
+    program: ClosedJaxpr | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict[str, object]:
         """The report as a JSON-ready dict."""
@@ -107,6 +109,7 @@ def _report(step: Pass, before: ClosedJaxpr, after: ClosedJaxpr, seconds: float)
         (costs[0].bytes_moved, costs[1].bytes_moved),
         seconds,
         delta,
+        after,
     )
 
 

@@ -105,6 +105,22 @@ def test_import_reports_every_layer_and_inspect_every_pass(folder: Path) -> None
     assert [row["pass"] for row in json.loads(inspected)["passes"]][:2] == ["inline", "cse"]
 
 
+def test_inspect_shows_a_pass_what_it_changes_and_whose_code_runs(folder: Path) -> None:
+    common = ("inspect", "convnet", "--shape", "16,16,1", "--target", "cpu")
+    (_, less, _), (_, text, _), (status, _, error) = in_one_process(
+        (*common, "--disable", "max_pool", "--diff", "--operations", "--json"),
+        (*common, "--before", "inline", "--after", "dce"),
+        (*common, "--disable", "dce", "--after", "dce"),
+        cwd=folder,
+    )
+    data = json.loads(less)
+    assert "max_pool" not in [row["pass"] for row in data["passes"]]
+    assert {"conv_general_dilated", "dot_general"} <= {r["operation"] for r in data["operations"]}
+    assert "-reduce_window_max by max_pool" in data["diff"]
+    assert text.count("\n\nin  ") == 2
+    assert status == 1 and "no pass called 'dce' ran" in error
+
+
 def test_a_failure_is_one_clear_line_and_an_exit_code(folder: Path) -> None:
     cases = {
         ("import", "missing.keras"): "missing.keras",

@@ -13,6 +13,7 @@ from fastgpu.compile.deviceless import shape_of as shape_of
 from fastgpu.compile.gradient import Gradient as Gradient
 from fastgpu.compile.gradient import ValueAndGrad as ValueAndGrad
 from fastgpu.compile.gradient import gradient_distance as gradient_distance
+from fastgpu.compile.gradient import gradient_of as gradient_of
 from fastgpu.compile.gradient import value_and_grad as value_and_grad
 from fastgpu.compile.memory import MemoryReport as MemoryReport
 from fastgpu.compile.memory import memory_report as memory_report

@@ -16,18 +16,24 @@ from fastgpu.compile.budget import Search, Version
 from fastgpu.compile.deviceless import compile_for, options_for, plain_shape, shape_of
 from fastgpu.errors import TraceError
 from fastgpu.hardware import Device, Target, resolve_target
+from fastgpu.ir.analysis import aval_bytes
 from fastgpu.ir.compat import ClosedJaxpr, Tracer, eval_jaxpr, jaxpr_as_fun, platform
 from fastgpu.transforms import optimize, optimized_trace
 from fastgpu.transforms.remat import (
     Joint,
     Planner,
     check_compress,
+    flat_program,
     in_row_chunks,
     reshaped_loops,
     shelves_for,
     softmaxes_of_results,
     trace_joint,
 )
+
+# A vocabulary. Gradients of programs with less than these bytes are taken as they are.
+_WIDE = 8192
+_LEAST_BYTES = 1 << 30
 
 
 def value_and_grad(
@@ -97,11 +103,18 @@ class ValueAndGrad:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`(value, gradients)`, or `((value, aux), gradients)`."""
         if self.memory_budget is None:
+            moving, rest = self._split(args, kwargs)
+            if _may_be_wide(moving, rest):
+                return self._result(self._without_budget(moving, rest))
             fn = optimize(self.fn, passes=self.passes, target=self.target)
             return jax.value_and_grad(fn, self.argnums, self.has_aux)(*args, **kwargs)
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((args, kwargs))):
             return self._planned(*args, **kwargs)
         return self._jitted(*args, **kwargs)
+
+    @cached_property
+    def _without_budget(self) -> Callable[..., Any]:
+        return jax.jit(gradient_of(self._of_trees, self.passes, self.target))
 
     @cached_property
     def _jitted(self) -> Callable[..., Any]:
@@ -186,6 +199,51 @@ class ValueAndGrad:
         return ((value, aux) if self.has_aux else value), grads
 
 
+def gradient_of(
+    fn: Callable[..., tuple[Any, Any]], passes: Any, target: str | Device | Target | None
+) -> Callable[..., Any]:
+    """`jax.value_and_grad(optimize(fn), has_aux=True)`, of the first argument.
+
+    A loss over a large vocabulary runs in chunks of rows together with its gradient: its scores
+    are never in memory as a whole, and nothing is computed twice.
+    """
+    plain = jax.value_and_grad(optimize(fn, passes=passes, target=target), has_aux=True)
+
+    def value_and_grad(moving: Any, *rest: Any) -> Any:
+        def of_trees(moving: Any, rest: Any) -> Any:
+            return fn(moving, *rest)
+
+        chunked = _in_chunks(of_trees, moving, rest, passes, target)
+        return plain(moving, *rest) if chunked is None else chunked
+
+    return value_and_grad
+
+
+def _in_chunks(
+    fn: Callable[[Any, Any], tuple[Any, Any]], moving: Any, rest: Any, passes: Any, target: Any
+) -> Any:
+    """`((value, aux), gradients)` with a large product near its end in chunks, if there is one."""
+    if not _may_be_wide(moving, rest):
+        return None
+    several = jax.device_count() if target is None else resolve_target(target).count
+    if several > 1:  # rows that lie on several devices are chunks already
+        return None
+    gradient = Gradient(fn, moving, rest, target, passes)
+    kept = sum(aval_bytes(v.aval) for v in gradient.joint.residuals)
+    found = in_row_chunks(gradient.joint, max(kept, _LEAST_BYTES))
+    if found is None:
+        return None
+    return gradient.evaluate(flat_program(found.joint), moving, rest)
+
+
+def _may_be_wide(moving: Any, rest: Any) -> bool:
+    """Whether all leaves are arrays, one of them as wide as only a vocabulary is."""
+    leaves = jax.tree.leaves((moving, rest))
+    return all(hasattr(leaf, "dtype") for leaf in leaves) and any(
+        max(leaf.shape, default=0) >= _WIDE for leaf in jax.tree.leaves(moving)
+    )
+
+
 class Gradient:
     """A function `(moving, rest) -> (scalar, aux)` and its gradient, as one flat program."""
 
@@ -219,7 +277,11 @@ class Gradient:
         self.closed_jaxpr = traced.closed_jaxpr
         _, self.aux_tree = traced.out_tree.children()
         self.joint = self._joint(self.closed_jaxpr)
-        self.planner = self._planner(self.joint)
+
+    @cached_property
+    def planner(self) -> Planner:
+        """What decides what the gradient keeps."""
+        return self._planner(self.joint)
 
     def _joint(self, closed: ClosedJaxpr) -> Joint:
         """`closed` and its gradient: leaves → scalar, then leaves of `aux`."""

@@ -24,6 +24,7 @@ from fastgpu.compile import (
     Search,
     compile_for,
     gradient_distance,
+    gradient_of,
     options_for,
     shape_of,
 )
@@ -317,8 +318,7 @@ class TrainStep:
         return self._jitted._cache_size()
 
     def _value_and_grad(self) -> Callable[..., Any]:
-        loss_fn = optimize(_checked(self.loss_fn), passes=self.passes, target=self.target)
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        value_and_grad = gradient_of(_checked(self.loss_fn), self.passes, self.target)
         if self.accumulate_steps == "auto":  # decided elsewhere; here, the batch at once
             return value_and_grad
         return accumulated(value_and_grad, self.loss_fn, self.accumulate_steps)

@@ -11,6 +11,7 @@ from fastgpu.transforms.remat.decide import Modelled as Modelled
 from fastgpu.transforms.remat.decide import Planner as Planner
 from fastgpu.transforms.remat.decide import modelled as modelled
 from fastgpu.transforms.remat.joint import Joint as Joint
+from fastgpu.transforms.remat.joint import flat_program as flat_program
 from fastgpu.transforms.remat.joint import trace_joint as trace_joint
 from fastgpu.transforms.remat.loops import reshaped_loops as reshaped_loops
 from fastgpu.transforms.remat.rows import in_row_chunks as in_row_chunks

@@ -70,7 +70,13 @@ def main() -> None:
                 baseline, ours = interleaved(*pair, inputs[1:])
             else:
                 baseline, ours = interleaved(jax.jit(fn), fast, inputs)
-            row = {"operation": name, "part": part, "xla_ms": baseline, "fastgpu_ms": ours}
+            row = {
+                "operation": name,
+                "part": part,
+                "code": ", ".join(changing(fn, inputs)),
+                "xla_ms": baseline,
+                "fastgpu_ms": ours,
+            }
             rows.append(row)
             ratio = baseline / ours
             print(f"{name:<34}{part:<17}{baseline:9.2f}{ours:9.2f}{ratio:7.1f}x", flush=True)
@@ -137,6 +143,14 @@ def pool(shape: tuple[int, ...], window: int, stride: int, padding: int) -> dict
 
     cotangent = jnp.asarray(rng.normal(size=jax.eval_shape(max_pool, x).shape), jnp.float32)
     return {"gradient": (lambda x, ct: jax.vjp(max_pool, x)[1](ct), (x, cotangent))}
+
+
+def changing(fn: Callable[..., Any], inputs: Any) -> list[str]:
+    """The passes that change `fn`; none where it is left to XLA."""
+    report = fgpu.transforms.inspect(fn, *inputs, target="cpu")
+    claimed = {str(row["code"]) for row in report.operations()} - {"XLA"}
+    moved = {row.name for row in report.passes if row.name == "in_place" and row.changed}
+    return sorted(claimed | moved)
 
 
 def random_bits() -> dict[str, Any]:

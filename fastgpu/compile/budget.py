@@ -127,7 +127,8 @@ class Search:
     def within(self, budget: int | float | str) -> Attempt:
         """The cheapest attempt whose compiled peak is at most `budget`.
 
-        Raises `BudgetError` when none is found within `MOST_COMPILES` compilations.
+        Raises `BudgetError` when none is found within `MOST_COMPILES` compilations and one more, of
+        what needs least.
         """
         budget = self.bytes_of(budget)
         if budget not in self.answers:
@@ -158,6 +159,12 @@ class Search:
             self._try(version, modelled, self._predict(anchor, modelled))
         best = self._cheapest(budget)
         if best is None:
+            # Before it is said that nothing fits, what needs least is tried.
+            version, modelled, anchor = self._least(budget, start)
+            if all(a.modelled.peak != modelled.peak for a in self.attempts):
+                self._try(version, modelled, self._predict(anchor, modelled))
+                best = self._cheapest(budget)
+        if best is None:
             raise self.infeasible(budget)
         return best
 
@@ -181,13 +188,17 @@ class Search:
         began = time.perf_counter()
         best = self._exact_if_cheap(budget, start) or self._cheapest_version(budget, start)
         if best is None and least:
-            plans = []
-            for version in (self._original, *self._others):
-                anchor, _ = self._allowed(version, budget, start)
-                plans.append((version, version.planner.least(), anchor))
-            best = min(plans, key=lambda plan: self._predict(plan[2], plan[1]))
+            best = self._least(budget, start)
         self.planning_seconds += time.perf_counter() - began
         return best
+
+    def _least(self, budget: float, start: int) -> _Planned:
+        """The plan with the smallest peak of all versions."""
+        plans = []
+        for version in (self._original, *self._others):
+            anchor, _ = self._allowed(version, budget, start)
+            plans.append((version, version.planner.least(), anchor))
+        return min(plans, key=lambda plan: self._predict(plan[2], plan[1]))
 
     def expected_seconds(self, modelled_bytes: float) -> float:
         """About what the cheapest plan of `modelled_bytes` takes; infinite if none is in sight."""

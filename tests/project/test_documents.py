@@ -1,5 +1,6 @@
 """README and the other documents mention only files, targets and commands that exist."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -66,3 +67,12 @@ def test_the_makefile_and_ci_run_the_same_tests() -> None:
     ci = ROOT / ".ci" / "run"
     assert ci.read_text().rstrip().endswith("make test")
     assert ci.stat().st_mode & 0o111
+
+
+def test_the_page_of_passes_is_what_the_passes_say() -> None:
+    spec = importlib.util.spec_from_file_location("pass_docs", ROOT / "benchmarks/pass_docs.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    # Written by: python benchmarks/pass_docs.py
+    assert (ROOT / "docs/passes.md").read_text() == module.text()

@@ -3,7 +3,7 @@
 A convolution whose window has one element, or that has one output position, is a contraction: over
 the features in the first case (a 1x1 convolution and its input gradient), over features and space
 in the second (its weight gradient). XLA's CPU backend runs these as general convolutions: up to
-1.5 times slower than the matrix product, and 3 to 25 times for the weight gradient
+1.5 times slower than the matrix product, and 3 to 7 times for the weight gradient
 (`benchmarks/lowerings.py`).
 """
 

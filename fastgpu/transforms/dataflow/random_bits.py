@@ -2,7 +2,7 @@
 
 JAX's default generator (Threefry-2x32, Salmon et al. 2011) hashes each element's own position. For
 CPUs JAX writes its twenty rounds as a loop, and every round reads and writes arrays as large as the
-result. Written out they are one pass, with nothing in memory: 5 to 10 times faster, bit for bit the
+result. Written out they are one pass, with nothing in memory: 3 to 10 times faster, bit for bit the
 same (`benchmarks/lowerings.py`).
 """
 

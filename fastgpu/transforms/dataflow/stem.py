@@ -1,6 +1,6 @@
 """Weight gradients of a network's first convolution, one matrix product of windows an example.
 
-Over the three features of an image, XLA's CPU backend has nothing to vectorize: it takes 2 to 6
+Over the three features of an image, XLA's CPU backend has nothing to vectorize: it takes 1.6 to 6
 times as long as copying the windows of one example side by side, while they fit into the caches,
 and multiplying them with its cotangent (`benchmarks/lowerings.py`).
 """

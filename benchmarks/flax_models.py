@@ -32,9 +32,8 @@ class LSTMClassifier(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Logits [N, 2] of tokens [N, T]."""
-        x = nn.Embed(10_000, 128)(x)
-        x = nn.RNN(nn.OptimizedLSTMCell(256))(x)
-        return nn.Dense(2)(x[:, -1])
+        states: Any = nn.RNN(nn.OptimizedLSTMCell(256))(nn.Embed(10_000, 128)(x))
+        return nn.Dense(2)(states[:, -1])
 
 
 def tokens(shape: tuple[int, ...], words: int) -> np.ndarray:
@@ -70,7 +69,7 @@ def models() -> dict[str, tuple[nn.Module, np.ndarray, np.ndarray]]:
 
 def by_hand(module: nn.Module, tx: optax.GradientTransformation) -> Callable[..., Any]:
     def loss_fn(params: Any, inputs: jax.Array, labels: jax.Array) -> jax.Array:
-        logits = module.apply({"params": params}, inputs, train=True)
+        logits: Any = module.apply({"params": params}, inputs, train=True)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def step(params: Any, opt_state: Any, inputs: jax.Array, labels: jax.Array) -> Any:

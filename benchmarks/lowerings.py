@@ -66,8 +66,8 @@ def main() -> None:
         for part, (fn, inputs) in parts().items():
             fast = fgpu.optimize(fn, target="cpu")
             if part == "step":  # which takes the memory of its first input, as training steps do
-                pair = [Step(side, inputs) for side in (fn, fast)]
-                baseline, ours = interleaved(*pair, inputs[1:])
+                plain, optimized = Step(fn, inputs), Step(fast, inputs)
+                baseline, ours = interleaved(plain, optimized, inputs[1:])
             else:
                 baseline, ours = interleaved(jax.jit(fn), fast, inputs)
             row = {

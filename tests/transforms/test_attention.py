@@ -14,7 +14,7 @@ from fastgpu import ir
 from fastgpu.compile import compile_for
 from fastgpu.transforms import inspect
 
-BATCH, LENGTH, HEADS, FEATURES = 2, 256, 4, 64
+BATCH, LENGTH, HEADS, FEATURES = 2, 256, 2, 64
 TRIANGLE = np.tri(LENGTH, dtype=bool)
 
 
@@ -32,7 +32,7 @@ def jax_nn(q, k, v):
 
 
 def grouped(q, k, v):
-    return jax.nn.dot_product_attention(q, k[:, :, :2], v[:, :, :2])
+    return jax.nn.dot_product_attention(q, k[:, :, :1], v[:, :, :1])
 
 
 def heads_first(q, k, v):
@@ -132,7 +132,7 @@ def test_attention_is_found_and_keeps_its_numbers(way):
     assert fast < 1.1 * plain
 
 
-@pytest.mark.parametrize("way", ["linen, padded", "biased"])
+@pytest.mark.parametrize("way", ["linen, padded", pytest.param("biased", marks=pytest.mark.slow)])
 def test_all_derivatives_and_vmap_are_those_of_the_original(way):
     original, fast = WAYS[way], fgpu.optimize(WAYS[way], target="h100")
     args = arrays()
@@ -237,7 +237,13 @@ def temporaries_of_gradient(fn, args, target="h100"):
     return compiled.memory_analysis().temp_size_in_bytes, sorted(kernels)
 
 
-@pytest.mark.parametrize("way", ["linen", "jax.nn", "heads first", "by hand"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        *("linen", "by hand"),
+        *(pytest.param(way, marks=pytest.mark.slow) for way in ("jax.nn", "heads first")),
+    ],
+)
 def test_an_h100_runs_it_in_cudnn_and_needs_a_twentieth_of_the_memory(way):
     struct = jax.ShapeDtypeStruct((4, 2048, 8, 64), jnp.bfloat16)
     args = (struct, struct, struct)
@@ -255,7 +261,9 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "name", ["Keras", *(pytest.param(n, marks=pytest.mark.slow) for n in list(LAYERS)[1:])]
+)
 def test_attention_of_whole_layers_runs_in_cudnn(name):
     fn, args = LAYERS[name]()
     plain, _ = temporaries_of_gradient(fn, args)

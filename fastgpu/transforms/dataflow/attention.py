@@ -24,6 +24,8 @@ _LEAST_CAPABILITY = (8, 0)
 def fuse_attention(closed: ClosedJaxpr, context: Context) -> ClosedJaxpr:
     """`closed` with each attention that cuDNN's kernel computes as one operation.
 
+    >>> import jax.numpy as jnp
+    >>> from fastgpu.transforms.inline import inline_calls
     >>> from fastgpu.hardware import device
     >>> def attend(q, k, v):
     ...     weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) / 8)

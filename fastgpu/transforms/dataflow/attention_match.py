@@ -461,6 +461,11 @@ class _Program:
         value = None if keys not in names else self.value(atom)
         if value is None:
             return None
+        # The same for all examples and heads, it may still have been written out for each.
+        for axis in range(value.ndim):
+            first = value.take([0], axis)
+            if names[axis] != keys and np.array_equal(value, np.broadcast_to(first, value.shape)):
+                value = first
         names = tuple(n if size > 1 else None for n, size in zip(names, value.shape, strict=True))
         kept = [n for n in names if n is not None]
         if len(kept) != 2 or keys not in kept:

@@ -34,7 +34,7 @@ def live_at_peak(model: Modelled) -> list[LiveValue]:
     counts: Counter[tuple[Any, ...]] = Counter()
     sizes: dict[tuple[Any, ...], int] = {}
     for index, eqn in enumerate(view.jaxpr.eqns[: peak + 1]):
-        for v in view.written_by(eqn):
+        for v in view.writes[index]:
             if view.last.get(v, index) >= peak:
                 aval: Any = v.aval
                 key = eqn.primitive.name, aval.shape, str(aval.dtype), source_line(eqn)

@@ -49,8 +49,24 @@ def equation_cost(eqn: JaxprEqn) -> Cost:
             total += program_cost(sub)
         return total * (params["length"] if name == "scan" else 1)
     moved = sum(aval_bytes(v.aval) for v in (*eqn.invars, *eqn.outvars))
+    return Cost(_own_flops(eqn, name, params), float(moved))
+
+
+def equation_flops(eqn: JaxprEqn) -> float:
+    """The floating-point operations of one equation, nested programs included.
+
+    >>> import jax, jax.numpy as jnp
+    >>> equation_flops(jax.make_jaxpr(jnp.sin)(jnp.ones(10)).jaxpr.eqns[0])
+    10.0
+    """
+    if sub_jaxprs(eqn):
+        return equation_cost(eqn).flops
+    return _own_flops(eqn, *stands_for(eqn))
+
+
+def _own_flops(eqn: JaxprEqn, name: str, params: dict[str, Any]) -> float:
     count = _FLOPS.get(name, _one_per_output if name not in _NO_ARITHMETIC else _none)
-    return Cost(float(count(eqn, params)), float(moved))
+    return float(count(eqn, params))
 
 
 def program_cost(jaxpr: ClosedJaxpr | Jaxpr) -> Cost:

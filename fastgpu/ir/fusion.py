@@ -9,7 +9,7 @@ The warning: this is a model. It ranks plans and prices them; a compiled program
 (`fastgpu.compile.memory_report`) is what counts.
 """
 
-from collections.abc import Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from fastgpu.hardware import Device
 from fastgpu.ir.analysis import aval_bytes, device_bytes
 from fastgpu.ir.compat import DropVar, Jaxpr, JaxprEqn, Var, on_host, sub_jaxprs
-from fastgpu.ir.cost import equation_cost
+from fastgpu.ir.cost import equation_flops
 from fastgpu.ir.lowered import stands_for
 
 # The same bytes under another name.
@@ -115,7 +115,9 @@ class Storage:
 
     `root` maps a value to the one whose bytes it shares. `stored` holds roots. `last` is the index
     of the last equation that reads a root's bytes, fused readers included; values that the program
-    gives out have the number of equations.
+    gives out have the number of equations. For each equation, `reads` has the roots that it reads
+    (none for a view), `writes` the values whose bytes it writes to memory, `fused` whether it
+    disappears into the kernels that read its results.
     """
 
     jaxpr: Jaxpr
@@ -123,26 +125,28 @@ class Storage:
     stored: frozenset[Var]
     last: dict[Var, int]
     sources: dict[Var, frozenset[Var]]
+    reads: list[tuple[Var, ...]]
+    writes: list[tuple[Var, ...]]
+    fused: list[bool]
 
     def is_stored(self, var: Var) -> bool:
         """Whether `var` has bytes of its own in memory."""
         return self.root[var] in self.stored
 
-    def written_by(self, eqn: JaxprEqn) -> list[Var]:
-        """The values whose bytes `eqn` writes to memory."""
-        return [
-            v
-            for v in eqn.outvars
-            if not isinstance(v, DropVar) and self.root[v] is v and v in self.stored
-        ]
+    def behind(self, index: int) -> frozenset[Var]:
+        """The stored values that a kernel for equation `index` reads, by itself or fused."""
+        return _stored_behind(self.reads[index], self.sources)
 
-    def reordered(self, jaxpr: Jaxpr) -> "Storage":
-        """The storage of `jaxpr`: the same equations in another order, so the same values stored.
+    def reordered(self, order: Sequence[int]) -> "Storage":
+        """The storage of the program with its equations in another order: the same are stored.
 
         What is fused depends on who reads a value, not on when.
         """
-        last = _last_reads(jaxpr, self.root, self.stored)
-        return Storage(jaxpr, self.root, self.stored, last, self.sources)
+        jaxpr = self.jaxpr.replace(eqns=[self.jaxpr.eqns[i] for i in order])
+        reads, writes = [self.reads[i] for i in order], [self.writes[i] for i in order]
+        fused = [self.fused[i] for i in order]
+        last = _last_reads(jaxpr, self.root, reads, fused)
+        return Storage(jaxpr, self.root, self.stored, last, self.sources, reads, writes, fused)
 
     @cached_property
     def borders(self) -> frozenset[Var]:
@@ -164,60 +168,80 @@ def storage(jaxpr: Jaxpr) -> Storage:
     """
     eqns = jaxpr.eqns
     root: dict[Var, Var] = {v: v for v in (*jaxpr.constvars, *jaxpr.invars)}
-    for eqn in eqns:
-        for index, out in enumerate(eqn.outvars):
-            source = _shares_bytes_with(eqn, index)
-            root[out] = root[source] if isinstance(source, Var) else out
-
+    reads: list[tuple[Var, ...]] = []
     readers: dict[Var, list[int]] = {}
     for index, eqn in enumerate(eqns):
-        if is_view(eqn):
-            continue
-        for v in {root[v] for v in eqn.invars if isinstance(v, Var)}:
+        for place, out in enumerate(eqn.outvars):
+            source = _shares_bytes_with(eqn, place)
+            root[out] = root[source] if isinstance(source, Var) else out
+        read: dict[Var, None] = {}
+        if not is_view(eqn):
+            read = {root[v]: None for v in eqn.invars if isinstance(v, Var)}
+        for v in read:
             readers.setdefault(v, []).append(index)
+        reads.append(tuple(read))
     given_out = {root[v] for v in jaxpr.outvars if isinstance(v, Var)}
 
+    fusible = [is_fusible(eqn) for eqn in eqns]
+    # What no kernel reads from another's registers.
+    apart = [
+        not fuses and stands_for(eqn)[0] not in _REDUCTIONS
+        for eqn, fuses in zip(eqns, fusible, strict=True)
+    ]
     stored = {root[v] for v in (*jaxpr.constvars, *jaxpr.invars)} | given_out
     sources: dict[Var, frozenset[Var]] = {}
-    for eqn in eqns:
+    writes: list[tuple[Var, ...]] = []
+    fused: list[bool] = []
+    for index, eqn in enumerate(eqns):
         if is_view(eqn) or eqn.primitive.name == _BARRIER:
+            writes.append(())
+            fused.append(False)
             continue
-        behind = _stored_behind(eqn, root, sources)
+        behind = _stored_behind(reads[index], sources)
         for out in eqn.outvars:
-            if out in given_out or _is_stored(
-                eqn, out, [eqns[i] for i in readers.get(out, ())], behind
+            its = readers.get(out, ())
+            if (
+                not fusible[index]
+                or out in given_out
+                or any(apart[i] for i in its)
+                or _pays_to_write(eqn, out, len(its), behind)
             ):
                 stored.add(out)
             else:
                 sources[out] = behind
+        written = [v for v in eqn.outvars if v in stored and not isinstance(v, DropVar)]
+        writes.append(tuple(written))
+        fused.append(fusible[index] and not any(v in stored for v in eqn.outvars))
 
-    return Storage(jaxpr, root, frozenset(stored), _last_reads(jaxpr, root, stored), sources)
+    last = _last_reads(jaxpr, root, reads, fused)
+    return Storage(jaxpr, root, frozenset(stored), last, sources, reads, writes, fused)
 
 
-def _last_reads(jaxpr: Jaxpr, root: dict[Var, Var], stored: Set[Var]) -> dict[Var, int]:
+def _last_reads(
+    jaxpr: Jaxpr, root: dict[Var, Var], reads: list[tuple[Var, ...]], fused: list[bool]
+) -> dict[Var, int]:
     """For each root the last equation that reads its bytes, by itself or through fused readers."""
     last = {root[v]: len(jaxpr.eqns) for v in jaxpr.outvars if isinstance(v, Var)}
-    for index in range(len(jaxpr.eqns) - 1, -1, -1):
-        eqn = jaxpr.eqns[index]
-        if is_view(eqn):
-            continue
+    for index in range(len(reads) - 1, -1, -1):
         used = index
-        if is_fusible(eqn) and not any(root[v] in stored for v in eqn.outvars):
-            used = max((last.get(root[v], -1) for v in eqn.outvars), default=-1)
-        for v in eqn.invars:
-            if isinstance(v, Var) and last.get(root[v], -1) < used:
-                last[root[v]] = used
+        if fused[index]:
+            used = max((last.get(v, -1) for v in jaxpr.eqns[index].outvars), default=-1)
+        for v in reads[index]:
+            if last.get(v, -1) < used:
+                last[v] = used
     return last
 
 
-def _stored_behind(
-    eqn: JaxprEqn, root: dict[Var, Var], sources: dict[Var, frozenset[Var]]
-) -> frozenset[Var]:
-    """The stored values that a kernel for `eqn` reads: its inputs, or what those are fused from."""
+def _stored_behind(reads: Sequence[Var], sources: dict[Var, frozenset[Var]]) -> frozenset[Var]:
+    """The stored values that are read: these themselves, or what they are fused from."""
+    if not any(v in sources for v in reads):
+        return frozenset(reads)
     found: set[Var] = set()
-    for v in eqn.invars:
-        if isinstance(v, Var):
-            found |= sources.get(root[v], frozenset((root[v],)))
+    for v in reads:
+        if v in sources:
+            found |= sources[v]
+        else:
+            found.add(v)
     return frozenset(found)
 
 
@@ -236,8 +260,11 @@ def temporary_bytes(view: Storage, platform: str) -> list[int]:
     alive = 0
     timeline = []
     for index, eqn in enumerate(jaxpr.eqns):
+        if view.fused[index]:
+            timeline.append(alive)
+            continue
         born = 0
-        for out in view.written_by(eqn):
+        for out in view.writes[index]:
             if out not in view.borders:
                 born += device_bytes(out.aval)
                 ends.setdefault(max(view.last.get(out, index), index), []).append(out)
@@ -271,7 +298,7 @@ def kernel_seconds(view: Storage, device: Device) -> list[float]:
     >>> [f"{s:.1e}" for s in kernel_seconds(storage(jaxpr), device("h100"))]
     ['0.0e+00', '2.5e-06']
     """
-    return [equation_seconds(view, eqn, device) for eqn in view.jaxpr.eqns]
+    return [equation_seconds(view, index, device) for index in range(len(view.jaxpr.eqns))]
 
 
 def program_seconds(view: Storage, device: Device) -> float:
@@ -299,29 +326,25 @@ def is_host_copy(eqn: JaxprEqn) -> bool:
     )
 
 
-def equation_seconds(view: Storage, eqn: JaxprEqn, device: Device) -> float:
+def equation_seconds(view: Storage, index: int, device: Device) -> float:
     """The entry of `kernel_seconds` for one equation of `view.jaxpr`."""
-    name, _ = stands_for(eqn)
-    if is_view(eqn) or name == _BARRIER:
+    eqn = view.jaxpr.eqns[index]
+    if view.fused[index] or is_view(eqn) or eqn.primitive.name == _BARRIER:
         return 0.0
     if is_host_copy(eqn):
         return aval_bytes(eqn.outvars[0].aval) / device.bandwidth
-    fusible = is_fusible(eqn)
-    if fusible and not any(view.root[v] in view.stored for v in eqn.outvars):
-        return 0.0
-    read = _stored_behind(eqn, view.root, view.sources)
-    moved = sum(aval_bytes(v.aval) for v in read)
+    moved = sum(aval_bytes(v.aval) for v in view.behind(index))
     moved += sum(aval_bytes(v.aval) for v in eqn.outvars if not isinstance(v, DropVar))
+    name, _ = stands_for(eqn)
     subs = sub_jaxprs(eqn)
-    if subs and not fusible:
+    if subs and not is_fusible(eqn):
         turns = eqn.params.get("length", 1)
         inner = [sum(kernel_seconds(storage(sub), device)) for sub in subs]
         return (max(inner) if name == "cond" else sum(inner)) * turns
-    cost = equation_cost(eqn)
     matrix = name in ("dot_general", "conv_general_dilated")
     typed = eqn.invars if matrix else eqn.outvars
     dtype = getattr(typed[0].aval, "dtype", "float32") if typed else "float32"
-    return device.seconds(cost.flops, moved, dtype, matrix=matrix)
+    return device.seconds(equation_flops(eqn), moved, dtype, matrix=matrix)
 
 
 def _shares_bytes_with(eqn: JaxprEqn, index: int) -> Any:
@@ -332,14 +355,12 @@ def _shares_bytes_with(eqn: JaxprEqn, index: int) -> Any:
     return None
 
 
-def _is_stored(eqn: JaxprEqn, out: Var, readers: list[JaxprEqn], behind: frozenset[Var]) -> bool:
-    if not is_fusible(eqn):
-        return True
-    if any(not is_fusible(r) and stands_for(r)[0] not in _REDUCTIONS for r in readers):
-        return True
+def _pays_to_write(eqn: JaxprEqn, out: Var, readers: int, behind: frozenset[Var]) -> bool:
+    """Whether every reader reading all that lies behind is more than one writing `out` for all."""
+    if readers < 2:
+        return False
     size = aval_bytes(out.aval)
-    if is_dear(eqn) and len(readers) > 1:
+    if is_dear(eqn):
         return size > 4
-    # Every reader would read all that lies behind; or one writes the value and each reads that.
     gathered = sum(aval_bytes(v.aval) for v in behind)
-    return len(readers) * gathered > gathered + (1 + len(readers)) * size
+    return readers * gathered > gathered + (1 + readers) * size

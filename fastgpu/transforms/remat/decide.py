@@ -33,6 +33,8 @@ _MOST_TRIED = 6
 # Another cut is tried while it may come to less than this part of the price found.
 _WORTHWHILE = 0.97
 _SMALL = 64 * 1024
+# Budgets near the least, in multiples of it.
+_SLACKS = (1.02, 1.06, 1.12, 1.2, 1.3)
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,9 @@ class Planner:
                     best = found
         if best is None and not thorough:
             return None
+        best = best or self._near_least(budget)
         if best is None:
-            frugal = [found for found in self.frugal if found.peak <= budget]
-            if not frugal:
-                return None
-            best = min(frugal, key=lambda found: found.seconds)
+            return None
         return replace(best, planning_seconds=time.perf_counter() - start)
 
     def expected_seconds(self, budget: float) -> float:
@@ -123,28 +123,65 @@ class Planner:
     def least(self) -> Modelled:
         """The decision with the lowest modelled peak that was found."""
         start = time.perf_counter()
-        best = min([self.unconstrained, *self.frugal], key=lambda m: m.peak)
+        frugal = (found for _, _, found in self.frugal)
+        best = min([self.unconstrained, *frugal], key=lambda m: m.peak)
         return replace(best, planning_seconds=time.perf_counter() - start)
 
     @cached_property
-    def frugal(self) -> list[Modelled]:
-        """Decisions near the least memory that each of the best cuts can do with.
+    def frugal(self) -> list[tuple[Solver, float, Modelled]]:
+        """The best cuts, the least that each can do with, and a decision near that.
 
         The solver's rows are above the model there, because they add up what is alive one after
-        the other; so these come first, and their modelled peaks are looked at afterwards.
+        the other; so the decisions come first, and their modelled peaks are looked at afterwards.
         """
         found = []
-        for bound, solver in self._best_cuts(lambda solver: solver.least())[: _MOST_TRIED // 2]:
-            for slack in (1.02, 1.06, 1.12, 1.2, 1.3):
-                decision = solver.solve(bound * slack)
-                if decision is not None:
-                    found.append(modelled(rematerialized(decision), self.device, decision))
+        for least, solver in self._least_cuts[: _MOST_TRIED // 2]:
+            decided = (self._decided(solver, least * slack) for slack in _SLACKS)
+            first = next((model for model in decided if model is not None), None)
+            if first is not None:
+                found.append((solver, least, first))
         return found
+
+    def _near_least(self, budget: float) -> Modelled | None:
+        """The cheapest of the decisions near the least memory whose modelled peak fits."""
+        fitting = []
+        for solver, least, first in self.frugal:
+            if first.peak > budget:
+                continue
+            fitting.append(first)
+            # More memory costs less time: the most slack that still fits, by bisection.
+            low, high = 0, len(_SLACKS)
+            while high - low > 1:
+                middle = (low + high) // 2
+                model = self._decided(solver, least * _SLACKS[middle])
+                if model is not None and model.peak <= budget:
+                    fitting.append(model)
+                    low = middle
+                else:
+                    high = middle
+        return min(fitting, key=lambda model: model.seconds, default=None)
+
+    def _decided(self, solver: Solver, budget: float) -> Modelled | None:
+        """The model of what `solver` decides within `budget`."""
+        decision = solver.solve(budget)
+        if decision is None:
+            return None
+        return modelled(rematerialized(decision), self.device, decision)
 
     def _cuts_for(self, budget: float) -> list[tuple[float, Solver]]:
         if budget not in self._ranked:
-            self._ranked[budget] = self._best_cuts(lambda solver: solver.relaxed(budget))
+            ranked = self._best_cuts(lambda solver: solver.relaxed(budget))
+            if not ranked:
+                # What is asked for is below what the first cuts can do with; others need less.
+                modest = (solver for least, solver in self._least_cuts if least <= budget)
+                priced = [(solver.relaxed(budget), solver) for solver in modest]
+                ranked = sorted((one for one in priced if math.isfinite(one[0])), key=_value)
+            self._ranked[budget] = ranked
         return self._ranked[budget]
+
+    @cached_property
+    def _least_cuts(self) -> list[tuple[float, Solver]]:
+        return self._best_cuts(lambda solver: solver.least())
 
     def _best_cuts(self, value: Callable[[Solver], float]) -> list[tuple[float, Solver]]:
         """Solvers of several cuts and their values, lowest first; infinite ones left out."""
@@ -160,7 +197,7 @@ class Planner:
             if solver not in found:
                 found[solver] = value(solver)
         finite = [(cost, solver) for solver, cost in found.items() if math.isfinite(cost)]
-        return sorted(finite, key=lambda one: one[0])
+        return sorted(finite, key=_value)
 
     @cached_property
     def _survey(self) -> Survey:
@@ -181,13 +218,16 @@ class Planner:
         """Solve with a budget corrected by how far the model's peak is from it."""
         allowed, best = budget, None
         for _ in range(4):
-            decision = solver.solve(allowed)
-            if decision is None:
+            found = self._decided(solver, allowed)
+            if found is None:
                 break
-            found = modelled(rematerialized(decision), self.device, decision)
             if found.peak <= budget and (best is None or found.seconds < best.seconds):
                 best = found
             if 0.97 * budget <= found.peak <= budget:
                 break
             allowed += 0.99 * budget - found.peak
         return best
+
+
+def _value(ranked: tuple[float, Solver]) -> float:
+    return ranked[0]

@@ -154,8 +154,8 @@ def _written_bytes(jaxpr: Jaxpr) -> int:
     """Bytes that a program writes, loops in it included: about what its gradient keeps."""
     view = storage(jaxpr)
     total = 0
-    for eqn in jaxpr.eqns:
-        total += sum(aval_bytes(v.aval) for v in view.written_by(eqn))
+    for eqn, writes in zip(jaxpr.eqns, view.writes, strict=True):
+        total += sum(aval_bytes(v.aval) for v in writes)
         if eqn.primitive.name == "scan":
             total += eqn.params["length"] * _written_bytes(eqn.params["jaxpr"].jaxpr)
         elif eqn.primitive.name == "cond" or not (is_fusible(eqn) or eqn.primitive.name in _KEPT):

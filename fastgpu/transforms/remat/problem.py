@@ -15,13 +15,13 @@ from fastgpu.ir.analysis import aval_bytes
 from fastgpu.ir.compat import Var
 from fastgpu.ir.fusion import (
     Storage,
-    equation_seconds,
     is_dear,
     is_fusible,
     is_in_place,
     is_view,
+    kernel_seconds,
 )
-from fastgpu.transforms.remat.joint import Joint, flat_program
+from fastgpu.transforms.remat.joint import Joint
 from fastgpu.transforms.remat.shelves import Shelf
 
 # The part of the time in which copies to and from the host are taken to hide.
@@ -105,9 +105,9 @@ class Problem:
 class Survey:
     """What is to know of `joint` before it is cut: see `Problem` for the names.
 
-    `view` is the storage of its flat program. `crossing[i]` are the bytes that forward equations
-    after i read, `gathered[i]` those of equation i's results that the backward half reads.
-    `backward_price` has the seconds of each backward equation by its first result.
+    `view` is the storage of its flat program, the forward half first. `crossing[i]` are the bytes
+    that forward equations after i read, `gathered[i]` those of equation i's results that the
+    backward half reads. `backward_prices` has the seconds of each backward equation.
     """
 
     joint: Joint
@@ -123,7 +123,7 @@ class Survey:
     seconds: list[float]
     crossing: list[int]
     gathered: list[int]
-    backward_price: dict[Var, float]
+    backward_prices: list[float]
 
 
 def survey(
@@ -136,6 +136,7 @@ def survey(
     free = _free(joint, stored, small)
     residuals = {v for v in joint.residuals if isinstance(v, Var) and v in producer} - free
     needed = _needed(joint, residuals, producer, free)
+    prices = kernel_seconds(view, device)
     gathered = [0] * len(eqns)
     for v, index in producer.items():
         if v in view.stored and view.last.get(v, -1) >= len(eqns):
@@ -151,32 +152,29 @@ def survey(
         free,
         needed,
         _movable(needed & stored, residuals, view, small, shelves),
-        [equation_seconds(view, eqn, device) for eqn in eqns],
+        prices[: len(eqns)],
         _crossing_bytes(joint, view),
         gathered,
-        {
-            v: equation_seconds(view, eqn, device)
-            for eqn in view.jaxpr.eqns[len(eqns) :]
-            for v in eqn.outvars[:1]
-        },
+        prices[len(eqns) :],
     )
 
 
 def pose(known: Survey, cut: Cut, segment_of: list[int]) -> Problem:
     """The problem of `known`, cut by `segments(known, cut)`."""
-    joint, view, device = known.joint, known.view, known.device
+    joint, view, device, prices = known.joint, known.view, known.device, known.backward_prices
+    boundary = len(joint.forward.eqns)
     count = segment_of[-1] + 1 if segment_of else 0
     if cut.in_order and not joint.backward.effects:
-        joint = _segment_by_segment(joint, segment_of, known.producer, known.small)
-        view = view.reordered(flat_program(joint).jaxpr)
+        order = _segment_by_segment(known, segment_of)
+        eqns = [joint.backward.eqns[i] for i in order]
+        joint = replace(joint, backward=joint.backward.replace(eqns=eqns))
+        view = view.reordered([*range(boundary), *(boundary + i for i in order)])
+        prices = [prices[i] for i in order]
     spans = _backward_spans(known, view, segment_of, count)
     forward_seconds = [0.0] * max(count, 1)
     for index, price in enumerate(known.seconds):
         forward_seconds[segment_of[index]] += price
-    eqns = view.jaxpr.eqns
-    backward_seconds = [
-        sum(known.backward_price[v] for i in span for v in eqns[i].outvars[:1]) for span in spans
-    ]
+    backward_seconds = [sum(prices[i - boundary] for i in span) for span in spans]
     return Problem(
         joint,
         device,
@@ -237,34 +235,26 @@ def _movable(
     return movable
 
 
-def _segment_by_segment(
-    joint: Joint, segment_of: Sequence[int], producer: dict[Var, int], small: float
-) -> Joint:
-    """`joint` whose backward half is done with a segment before it reads from an earlier one.
+def _segment_by_segment(known: Survey, segment_of: Sequence[int]) -> list[int]:
+    """An order of the backward half that is done with a segment before it reads an earlier one.
 
     Differentiation emits the gradients of parallel branches one after the other; without this two
     segments would be computed again at the same time.
     """
-    residual_of = dict(zip(joint.backward_residuals, joint.residuals, strict=True))
+    joint = known.joint
     level: dict[Var, int] = {}
-    levels = []
+    for v, residual in zip(joint.backward_residuals, joint.residuals, strict=True):
+        made = isinstance(residual, Var) and residual in known.producer
+        if made and aval_bytes(residual.aval) > known.small:
+            level[v] = segment_of[known.producer[residual]]
     last_segment = max(segment_of, default=0)
+    levels = []
     for eqn in joint.backward.eqns:
-        lowest = last_segment
-        for v in eqn.invars:
-            if not isinstance(v, Var):
-                continue
-            residual = residual_of.get(v)
-            if isinstance(residual, Var) and residual in producer:
-                if aval_bytes(residual.aval) > small:
-                    lowest = min(lowest, segment_of[producer[residual]])
-            else:
-                lowest = min(lowest, level.get(v, lowest))
+        read = (level.get(v, last_segment) for v in eqn.invars if isinstance(v, Var))
+        lowest = min(read, default=last_segment)
         levels.append(lowest)
         level.update((v, lowest) for v in eqn.outvars)
-    order = sorted(range(len(levels)), key=lambda index: -levels[index])
-    eqns = [joint.backward.eqns[index] for index in order]
-    return replace(joint, backward=joint.backward.replace(eqns=eqns))
+    return sorted(range(len(levels)), key=lambda index: -levels[index])
 
 
 def segments(known: Survey, cut: Cut) -> list[int]:
@@ -366,11 +356,9 @@ def _forward_base(
 ) -> list[int]:
     """Peak bytes of what the forward half holds for itself in each segment."""
     last: dict[Var, int] = {}
-    for index, eqn in enumerate(joint.forward.eqns):
-        fused = is_fusible(eqn) and not any(view.is_stored(v) for v in eqn.outvars)
-        for v in eqn.invars:
-            if isinstance(v, Var) and not fused:
-                last[view.root[v]] = index
+    for index in range(len(joint.forward.eqns)):
+        if not view.fused[index]:
+            last.update((v, index) for v in view.reads[index])
     base = [0] * max(count, 1)
     for index, held in enumerate(_held(view, 0, len(joint.forward.eqns), last, platform)):
         base[segment_of[index]] = max(base[segment_of[index]], held)
@@ -381,8 +369,8 @@ def _held(view: Storage, start: int, stop: int, last: dict[Var, int], platform: 
     """Bytes alive while each equation from `start` to `stop` runs, of values made there."""
     alive, ends, timeline = 0, {}, []
     for index in range(start, stop):
-        eqn, born = view.jaxpr.eqns[index], 0
-        for out in view.written_by(eqn):
+        born = 0
+        for out in view.writes[index]:
             if out not in view.borders:
                 size = aval_bytes(out.aval)
                 born += size
@@ -390,7 +378,10 @@ def _held(view: Storage, start: int, stop: int, last: dict[Var, int], platform: 
                 ends[end] = ends.get(end, 0) + size
         alive += born
         dying = ends.pop(index, 0)
-        timeline.append(alive - (min(born, dying) if is_in_place(eqn, platform) else 0))
+        reused = min(born, dying)
+        if reused and not is_in_place(view.jaxpr.eqns[index], platform):
+            reused = 0
+        timeline.append(alive - reused)
         alive -= dying
     return timeline
 

@@ -76,9 +76,10 @@ class _Emitter:
         """
         problem, eqns = self.problem, self.joint.forward.eqns
         sunk, now = self._sunk(), 0.0
-        last = {
-            v: index for index, eqn in enumerate(eqns) for v in eqn.invars if isinstance(v, Var)
-        }
+        crossing_from = self._crossing(sunk)
+        kept_from: dict[int, list[Var]] = {}
+        for v in sunk:
+            kept_from.setdefault(problem.segment_of[problem.producer[v]], []).append(v)
         for index, eqn in enumerate(eqns):
             self.eqns.append(eqn.replace(invars=[self._read(v) for v in eqn.invars]))
             k = problem.segment_of[index]
@@ -88,21 +89,23 @@ class _Emitter:
             leaving = [v for v in self.unfenced if self.arrives[v] <= now]
             self.unfenced = [v for v in self.unfenced if v not in leaving]
             shelved = self._put_away(k, now)
-            kept = [v for v in sunk if problem.segment_of[problem.producer[v]] == k]
-            crossing = [
-                v
-                for v, end in last.items()
-                if end > index
-                and problem.producer.get(v, len(eqns)) <= index
-                and problem.segment_of[problem.producer[v]] == k
-                and v in problem.stored
-                and v not in kept
-                and aval_bytes(v.aval) > problem.small
-            ]
+            kept, crossing = kept_from.get(k, []), crossing_from.get(k, [])
             if not crossing and not kept:
                 self.unfenced = [*leaving, *shelved, *self.unfenced]
             elif kept or leaving or shelved:
                 self._fence([*kept, *crossing], [*leaving, *shelved])
+
+    def _crossing(self, sunk: list[Var]) -> dict[int, list[Var]]:
+        """For each segment, its large stored values that later ones read, but for `sunk`."""
+        problem, segment_of = self.problem, self.problem.segment_of
+        crossing: dict[int, dict[Var, None]] = {}
+        for index, eqn in enumerate(self.joint.forward.eqns):
+            for v in eqn.invars:
+                if isinstance(v, Var) and v in problem.stored and v not in sunk:
+                    k = segment_of[problem.producer[v]]
+                    if k != segment_of[index] and aval_bytes(v.aval) > problem.small:
+                        crossing.setdefault(k, {})[v] = None
+        return {k: list(values) for k, values in crossing.items()}
 
     def _put_away(self, k: int, now: float) -> list[Var]:
         """Put values of segment `k` on their shelves; those that are packed there."""
@@ -146,20 +149,23 @@ class _Emitter:
     def _backward(self) -> None:
         backward = self.joint.backward
         outputs = {v for v in backward.outvars if isinstance(v, Var)}
-        alive: dict[Var, int] = {}
+        alive: dict[Var, None] = {}
+        ends: dict[int, list[Var]] = {}
         for v in backward.invars[: self.joint.cotangents]:
             if v in self.last:
-                alive[v] = self.last[v]
+                alive[v] = None
+                ends.setdefault(self.last[v], []).append(v)
         for index, eqn in enumerate(backward.eqns):
             for k in self.opens_at.get(index, ()):
-                self._open(k, [v for v, end in alive.items() if end >= index])
+                self._open(k, alive)
             self.eqns.append(eqn.replace(invars=[self._read(v) for v in eqn.invars]))
             for v in eqn.outvars:
                 if self.last.get(v, -1) > index:
-                    alive[v] = self.last[v]
+                    alive[v] = None
+                    ends.setdefault(self.last[v], []).append(v)
                 elif v in outputs:
                     self.finished.append(v)
-            for v in [v for v, end in alive.items() if end <= index]:
+            for v in ends.pop(index, ()):
                 del alive[v]
 
     def _openings(self) -> dict[int, list[int]]:
@@ -298,30 +304,9 @@ class _Emitter:
         return list(leaves), sorted(fused)
 
     def _wanted(self, k: int) -> list[int]:
-        """Equations of segment `k` that its unkept residuals need, in order."""
-        problem, saved = self.problem, self.decision.saved
-        restored = set(self._restored(k))
-        pending = [
-            v
-            for v in problem.residuals
-            if v not in saved and v not in restored and problem.segment_of[problem.producer[v]] == k
-        ]
-        indexes: set[int] = set()
-        while pending:
-            index = problem.producer[pending.pop()]
-            if index in indexes:
-                continue
-            indexes.add(index)
-            for u in self.joint.forward.eqns[index].invars:
-                if (
-                    isinstance(u, Var)
-                    and u in problem.producer
-                    and u not in saved
-                    and u not in restored
-                    and problem.segment_of[problem.producer[u]] == k
-                ):
-                    pending.append(u)
-        return sorted(indexes)
+        """Equations of segment `k` that run again, in order."""
+        segment_of = self.problem.segment_of
+        return sorted(index for index in self.decision.again if segment_of[index] == k)
 
     def _barrier(self, values: list[Any]) -> list[Var]:
         fresh = [Var(v.aval) for v in values]

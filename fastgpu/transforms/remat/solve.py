@@ -16,6 +16,7 @@ from scipy.sparse import csr_array
 
 from fastgpu.ir.analysis import aval_bytes
 from fastgpu.ir.compat import Var
+from fastgpu.ir.fusion import is_view
 from fastgpu.transforms.remat.problem import Problem
 from fastgpu.transforms.remat.shelves import Shelf
 
@@ -24,7 +25,7 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class Decision:
-    """What is kept, and which forward equations run again, for one problem.
+    """What is kept for one problem.
 
     `shelved` are the values that wait elsewhere, `restored` the segments of the backward half for
     which each is brought back. `seconds` is the price of it, `bound` the least that any decision
@@ -33,7 +34,6 @@ class Decision:
 
     problem: Problem
     saved: frozenset[Var]
-    again: frozenset[int]
     shelved: dict[Var, Shelf]
     restored: frozenset[tuple[Var, int]]
     seconds: float
@@ -46,6 +46,29 @@ class Decision:
             return "keep"
         return "recompute" if shelf is None else shelf.name
 
+    @cached_property
+    def again(self) -> frozenset[int]:
+        """The forward equations that run again: what residuals need that are not at hand."""
+        problem = self.problem
+        segment_of, producer = problem.segment_of, problem.producer
+
+        def at_hand(v: Var) -> bool:
+            return v in self.saved or (v, segment_of[producer[v]]) in self.restored
+
+        pending = [producer[v] for v in problem.residuals if not at_hand(v)]
+        again: set[int] = set()
+        while pending:
+            index = pending.pop()
+            if index in again:
+                continue
+            again.add(index)
+            for u in problem.joint.forward.eqns[index].invars:
+                if not isinstance(u, Var) or u not in producer or at_hand(u):
+                    continue
+                if segment_of[producer[u]] == segment_of[index]:
+                    pending.append(producer[u])
+        return frozenset(again)
+
     @property
     def gap(self) -> float:
         """How far the decision may be from the best, as a fraction of its price."""
@@ -54,6 +77,9 @@ class Decision:
 
 class Solver:
     """The linear program of one problem, for any budget.
+
+    Small values are kept. A value that its only large input gives for nothing, fused into whatever
+    reads it, `follows` that input: there is nothing to decide about it.
 
     Variables: x (kept) for each value, z (run again) for each equation, s (put on a shelf) for each
     movable value and shelf, r (restored) for each of those and each segment that reads it; m (bytes
@@ -82,19 +108,52 @@ class Solver:
     def _needed(self) -> None:
         """Only what residuals are computed from takes part."""
         problem = self.problem
-        self.values = sorted(problem.needed, key=lambda v: problem.producer[v])
-        self.bytes = {v: aval_bytes(v.aval) for v in self.values}
+        needed = sorted(problem.needed, key=lambda v: problem.producer[v])
+        self.bytes = {v: aval_bytes(v.aval) for v in needed}
+        self.small = [v for v in needed if self.bytes[v] <= problem.small]
+        large = [v for v in needed if self.bytes[v] > problem.small]
+        self.follows = self._following(large)
+        self.values = [v for v in large if v not in self.follows]
         for v in self.values:
             self.x[v] = len(self.x)
         count = len(self.x)
         for index in sorted({problem.producer[v] for v in self.values}):
             self.z[index] = count + len(self.z)
 
+    def _following(self, large: list[Var]) -> dict[Var, Var]:
+        """For values that cost nothing where another of their segment is: that other.
+
+        Keeping such a value would take as many bytes as keeping what it is made of.
+        """
+        problem, segment_of = self.problem, self.problem.segment_of
+        eqns, producer = problem.joint.forward.eqns, problem.producer
+        needed = set(large)
+        read_elsewhere = {
+            u
+            for index in {producer[v] for v in problem.needed}
+            for u in eqns[index].invars
+            if isinstance(u, Var) and u in needed and segment_of[producer[u]] != segment_of[index]
+        }
+        follows: dict[Var, Var] = {}
+        for v in large:
+            index = producer[v]
+            sources = {u for u in eqns[index].invars if isinstance(u, Var) and u in needed}
+            if len(sources) != 1 or len(eqns[index].outvars) != 1 or v in read_elsewhere:
+                continue
+            if not (problem.view.fused[index] or is_view(eqns[index])):
+                continue
+            (source,) = sources
+            leader = follows.get(source, source)
+            same_segment = segment_of[producer[leader]] == segment_of[index]
+            if same_segment and self.bytes[v] >= self.bytes[leader]:
+                follows[v] = leader
+        return follows
+
     def _movable(self) -> None:
         """Values of the last segment are needed at once; nothing is gained by moving them."""
         problem = self.problem
         readers: dict[Var, set[int]] = {}
-        for index in self.z:
+        for index in {problem.producer[v] for v in problem.needed}:
             for u in problem.joint.forward.eqns[index].invars:
                 if isinstance(u, Var) and u in problem.movable:
                     readers.setdefault(u, set()).add(problem.segment_of[index])
@@ -134,14 +193,16 @@ class Solver:
             ends.append(len(columns))
             limits.append(limit)
 
-        for v in problem.residuals:
+        # What is neither decided about nor follows such a value is always there.
+        leader = {v: v for v in self.values} | self.follows
+        led = {leader[v] for v in problem.residuals if v in leader}
+        for v in sorted(led, key=lambda v: self.x[v]):
             own = problem.segment_of[problem.producer[v]]
             there = [(self.x[v], -1.0), (self.z[problem.producer[v]], -1.0)]
             row([*there, *self._restored(v, own)], -1.0)
         for index, z in self.z.items():
-            for u in {u for u in eqns[index].invars if isinstance(u, Var)}:
-                if u not in self.x:
-                    continue  # an input: always there
+            read = [u for u in eqns[index].invars if isinstance(u, Var)]
+            for u in dict.fromkeys(leader[u] for u in read if u in leader):
                 terms = [(z, 1.0), (self.x[u], -1.0)]
                 terms += self._restored(u, problem.segment_of[index])
                 source = problem.producer[u]
@@ -157,6 +218,12 @@ class Solver:
             stored = v in problem.stored and problem.view.root[v] is v
             again = self.z[problem.producer[v]]
             local[k].append((self.x[v], again, size, stored, problem.last_read(v)))
+        always = [0.0] * problem.segments
+        small: list[list[tuple[float, int]]] = [[] for _ in range(problem.segments)]
+        for v in self.small:
+            k, size = problem.segment_of[problem.producer[v]], self.bytes[v] / _MIB
+            always[k] += size
+            small[k].append((size, problem.last_read(v)))
         # Brought back for each segment from any shelf, from the host, on the way; leaving for it.
         back: list[list[tuple[Var, int, float]]] = [[] for _ in range(problem.segments)]
         fetched: list[list[tuple[int, float]]] = [[] for _ in range(problem.segments)]
@@ -178,7 +245,7 @@ class Solver:
                     coming[other].append((restored, size))
         for k in range(problem.segments):
             before = [(self.m[k - 1], 1.0)] if k else []
-            row([*before, *kept[k], (self.m[k], -1.0)], 0.0)
+            row([*before, *kept[k], (self.m[k], -1.0)], -always[k])
         slack = self.size - 1
         for k in range(problem.segments):
             for window in problem.windows[k]:
@@ -198,7 +265,8 @@ class Solver:
                         row([(again, size), (self.t[k], -1.0)], 0.0)
                 if first:
                     terms.append((self.t[k], 1.0))
-                row(terms, -window.base / _MIB)
+                gone = 0.0 if first else sum(size for size, last in small[k] if last < window.start)
+                row(terms, gone - window.base / _MIB)
         for k in range(1, problem.segments):
             terms = [(self.m[k - 1], 1.0), (slack, -1.0), (self.queue[k - 1], 1.0)]
             row(terms, -problem.forward_base[k] / _MIB)
@@ -234,16 +302,13 @@ class Solver:
                     yield [*due, *waits], problem.hidden_bytes(sum(reach)) / _MIB
 
     def bounds(self, budget: float) -> tuple[np.ndarray, np.ndarray]:
-        """0 <= x, z <= 1; small values are kept, equations with effects never run again."""
+        """0 <= x, z <= 1; equations with effects never run again."""
         lower, upper = np.zeros(self.size), np.ones(self.size)
         upper[self.decided :] = np.inf
         upper[-1] = budget / _MIB
-        for v, x in self.x.items():
-            index = self.problem.producer[v]
-            if self.bytes[v] <= self.problem.small:
-                lower[x] = 1.0
+        for index, z in self.z.items():
             if not self.problem.may_recompute(index):
-                upper[self.z[index]] = 0.0
+                upper[z] = 0.0
         return lower, upper
 
     def relaxed(self, budget: float) -> float:
@@ -267,7 +332,7 @@ class Solver:
         for v, x in self.x.items():
             size = self.bytes[v]
             cost[x] = 1e-6 * total * size / max(budget, 1.0)
-            if v not in self.problem.stored and size > self.problem.small:
+            if v not in self.problem.stored:
                 # A value that would be fused is written for being kept.
                 cost[x] += size / self.problem.device.bandwidth * 1e6
         traffic = 1e6 / self.problem.device.bandwidth
@@ -290,8 +355,7 @@ class Solver:
         if result.x is None:
             return None
         chosen = result.x > 0.5
-        saved = frozenset(v for v, x in self.x.items() if chosen[x])
-        again = frozenset(index for index, z in self.z.items() if chosen[z])
+        saved = frozenset((*self.small, *(v for v, x in self.x.items() if chosen[x])))
         restored = frozenset((v, k) for (v, _, k), r in self.r.items() if chosen[r])
         wanted = {v for v, _ in restored}
         shelved = {v: shelf for (v, shelf), s in self.s.items() if chosen[s] and v in wanted}
@@ -299,7 +363,6 @@ class Solver:
         return Decision(
             problem,
             saved,
-            again,
             shelved,
             restored,
             float(result.fun) * 1e-6,

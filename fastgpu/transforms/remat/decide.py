@@ -1,8 +1,9 @@
 """From a budget of temporary bytes to a decision whose modelled peak fits it."""
 
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -19,15 +20,21 @@ from fastgpu.transforms.remat.solve import Decision, Solver
 
 # Segments that are tried first, as parts of the peak: few segments need much memory at once, many
 # need their borders kept.
-_DIVISIONS = (3, 6, 10, 20)
-# Then variations of the best: the first few where each takes a second.
-_VARIATIONS = (
+_DIVISIONS = (3, 6, 10, 14, 20)
+# Then neighbours of the best, round by round while one is better; in a long program, where each
+# takes a tenth of a second, only the first few, once.
+_NEIGHBOURS = (
     {"taper": 0.0},
     {"division": 1.3},
     {"in_order": False},
     {"taper": 0.8},
+    {"division": 1 / 1.3},
 )
-_FEW, _MANY_EQUATIONS = 3, 20_000
+_ROUNDS = 3
+_FEW, _MANY_EQUATIONS = 3, 8_000
+# In a short program all of these are tried, with every division.
+_SHORT_EQUATIONS = 1_500
+_SHAPES = tuple(itertools.product((0.0, 0.5, 0.8), (True, False)))
 # Cuts that are solved to integers, in the order of their relaxed cost.
 _MOST_TRIED = 6
 # Another cut is tried while it may come to less than this part of the price found.
@@ -186,16 +193,25 @@ class Planner:
     def _best_cuts(self, value: Callable[[Solver], float]) -> list[tuple[float, Solver]]:
         """Solvers of several cuts and their values, lowest first; infinite ones left out."""
         peak = self.unconstrained.peak
-        cuts = [Cut(peak / division) for division in _DIVISIONS]
-        found = {solver: value(solver) for solver in map(self._solver, cuts)}
-        best = min(cuts, key=lambda cut: found[self._solver(cut)])
-        many = len(self.unconstrained.view.jaxpr.eqns) > _MANY_EQUATIONS
-        for change in _VARIATIONS[: _FEW if many else None]:
-            settings = dict(change)
-            size = best.segment_bytes / settings.pop("division", 1.0)
-            solver = self._solver(replace(best, segment_bytes=size, **settings))
+        found: dict[Solver, float] = {}
+
+        def worth(cut: Cut) -> float:
+            solver = self._solver(cut)
             if solver not in found:
                 found[solver] = value(solver)
+            return found[solver]
+
+        length = len(self.unconstrained.view.jaxpr.eqns)
+        cuts = [Cut(peak / division) for division in _DIVISIONS]
+        if length <= _SHORT_EQUATIONS:
+            cuts = [Cut(cut.segment_bytes, *shape) for cut in cuts for shape in _SHAPES]
+        best = min(cuts, key=worth)
+        many = length > _MANY_EQUATIONS
+        for _ in range(1 if many else _ROUNDS):
+            nearest = min(_neighbours(best, _FEW if many else len(_NEIGHBOURS)), key=worth)
+            if worth(nearest) >= worth(best):
+                break
+            best = nearest
         finite = [(cost, solver) for solver, cost in found.items() if math.isfinite(cost)]
         return sorted(finite, key=_value)
 
@@ -231,3 +247,11 @@ class Planner:
 
 def _value(ranked: tuple[float, Solver]) -> float:
     return ranked[0]
+
+
+def _neighbours(cut: Cut, count: int) -> Iterator[Cut]:
+    """The first `count` ways to cut a little differently."""
+    for change in _NEIGHBOURS[:count]:
+        settings: dict[str, Any] = dict(change)
+        size = cut.segment_bytes / settings.pop("division", 1.0)
+        yield replace(cut, segment_bytes=size, **settings)

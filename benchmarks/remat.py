@@ -31,7 +31,8 @@ from flax import linen as nn
 
 import fastgpu as fgpu
 from fastgpu import models
-from fastgpu.compile import Plan, Search, show_bytes
+from fastgpu.compile import Plan, Search
+from fastgpu.hardware import show_bytes
 from fastgpu.models import googlenet, llama, mobilenet, resnet, transformer, unet, vgg
 from fastgpu.training.step import TrainStep
 

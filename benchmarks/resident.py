@@ -29,7 +29,7 @@ import optax
 
 import fastgpu as fgpu
 from fastgpu import models
-from fastgpu.compile import show_bytes
+from fastgpu.hardware import show_bytes
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from fastgpu.errors import ConfigurationError
 from fastgpu.hardware.after_import import after_import
 from fastgpu.hardware.backend import backend_started, first_use_of_jax
+from fastgpu.hardware.sizes import parse_budget
 
 Precision = Literal["default", "float32", "tf32", "bfloat16"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -46,12 +47,15 @@ class Configuration:
     `device` is what was asked for, `platform` and `device_names` are what runs. `None` means that
     JAX's own default (or the environment) decides.
 
-    >>> c = Configuration("auto", "cpu", ("cpu",), "default", None, None, None, False, 0, "warning")
+    >>> c = Configuration(
+    ...     "auto", "cpu", ("cpu",), "default", None, None, "8GiB", None, False, 0, "warning"
+    ... )
     >>> print(c)
     fastgpu runs on cpu (asked for: auto)
       devices        cpu
       precision      default
       GPU memory     preallocate: JAX's default, fraction: JAX's default
+      Keras steps    within 8GiB
       compile cache  off
       seed 0, deterministic off, log level warning
     """
@@ -62,6 +66,7 @@ class Configuration:
     precision: Precision
     preallocate: bool | None
     memory_fraction: float | None
+    memory_budget: int | float | str | None
     cache_dir: Path | None
     deterministic: bool
     seed: int
@@ -83,6 +88,7 @@ class Configuration:
                 f"  precision      {self.precision}",
                 f"  GPU memory     preallocate: {shown(self.preallocate)}, "
                 f"fraction: {shown(self.memory_fraction)}",
+                f"  Keras steps    within {self.memory_budget or 'any memory'}",
                 f"  compile cache  {self.cache_dir or 'off'}",
                 f"  seed {self.seed}, deterministic {'on' if self.deterministic else 'off'}, "
                 f"log level {self.log_level}",
@@ -96,6 +102,7 @@ def configure(
     precision: Precision = "default",
     preallocate: bool | None = None,
     memory_fraction: float | None = None,
+    memory_budget: int | float | str | None = None,
     cache: bool | str | os.PathLike[str] = True,
     keras: bool = True,
     deterministic: bool = False,
@@ -115,6 +122,9 @@ def configure(
         (NVIDIA GPUs take TF32 for both, CPUs take float32). Arrays keep their dtypes.
       preallocate: whether JAX takes its share of GPU memory at once.
       memory_fraction: that share, in (0, 1].
+      memory_budget: what a Keras model's training step may take, weights and optimizer included:
+        bytes, "8GiB", or "60%" of what it takes otherwise. `None` is no budget. Of a step of your
+        own it is `fastgpu.train_step` that takes a budget.
       cache: where compiled programs are kept between runs: True for the user's cache folder (or
         `JAX_COMPILATION_CACHE_DIR`), a path, or False. A folder that cannot be written is warned
         about and left out. Beyond 4 GiB the oldest programs are deleted.
@@ -127,7 +137,8 @@ def configure(
       log_level: of the `fastgpu` and `jax` loggers.
       quiet: print nothing.
 
-    A second call may change everything that needs no restart: precision, cache, seed, log level.
+    A second call may change everything that needs no restart: precision, memory_budget, cache,
+    seed, log level.
 
     Raises:
       ConfigurationError: a setting is unknown, or JAX has started already and cannot take it; the
@@ -139,6 +150,8 @@ def configure(
     """
     global _in_force
     _check_values(device, precision, memory_fraction, seed, log_level)
+    if memory_budget is not None:
+        parse_budget(memory_budget, lambda: 1000)
     needs_restart = {
         "device": device,
         "preallocate": preallocate,
@@ -164,6 +177,7 @@ def configure(
             precision,
             preallocate,
             memory_fraction,
+            memory_budget,
             cache_dir,
             deterministic,
             seed,
@@ -171,10 +185,20 @@ def configure(
         )
     else:
         _in_force = replace(
-            _in_force, precision=precision, cache_dir=cache_dir, seed=seed, log_level=log_level
+            _in_force,
+            precision=precision,
+            memory_budget=memory_budget,
+            cache_dir=cache_dir,
+            seed=seed,
+            log_level=log_level,
         )
     if not quiet:
         print(_in_force)
+    return _in_force
+
+
+def in_force() -> Configuration | None:
+    """What the last `configure` settled; `None` before the first."""
     return _in_force
 
 

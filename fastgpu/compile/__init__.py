@@ -2,8 +2,6 @@
 
 from fastgpu.compile.budget import Attempt as Attempt
 from fastgpu.compile.budget import Search as Search
-from fastgpu.compile.budget import parse_budget as parse_budget
-from fastgpu.compile.budget import show_bytes as show_bytes
 from fastgpu.compile.counts import CountSearch as CountSearch
 from fastgpu.compile.deviceless import absent_devices as absent_devices
 from fastgpu.compile.deviceless import absent_mesh as absent_mesh

@@ -14,14 +14,13 @@ from fastgpu.compile.budget import (
     Attempt,
     Search,
     count_collectives,
-    show_bytes,
 )
 from fastgpu.compile.counts import CountSearch
 from fastgpu.compile.deviceless import compile_for, plain_shape
 from fastgpu.compile.live import LiveValue, live_at_peak
 from fastgpu.compile.memory import MemoryReport, memory_report
 from fastgpu.errors import ConfigurationError, require
-from fastgpu.hardware import Device, Target, parse_target, resolve_target
+from fastgpu.hardware import Device, Target, parse_target, resolve_target, show_bytes
 from fastgpu.ir.analysis import aval_bytes
 from fastgpu.ir.compat import ClosedJaxpr, Var, source_line
 from fastgpu.ir.cost import program_cost

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from fastgpu.keras_integration.replaced import With
 from fastgpu.transforms import optimize
 
 MODULE = "keras.src.backend.jax.random"
@@ -22,7 +23,7 @@ _MANY = 1 << 20
 def draw_in_one_pass(module: ModuleType) -> None:
     """Have `module`, Keras's random functions on JAX, draw many numbers by optimized code."""
     if getattr(module, "jax", None) is jax:
-        vars(module)["jax"] = _With(jax, random=_With(jax.random, **_draws()))
+        vars(module)["jax"] = With(jax, random=With(jax.random, **_draws()))
 
 
 def _draws() -> dict[str, Any]:
@@ -45,14 +46,3 @@ def _draws() -> dict[str, Any]:
 def _optimized(name: str, shape: tuple[int, ...], settings: tuple[tuple[str, Any], ...]) -> Any:
     draw = getattr(jax.random, name)
     return optimize(lambda key: draw(key, shape=shape, **dict(settings)))
-
-
-class _With:
-    """A module with some of its names replaced."""
-
-    def __init__(self, module: ModuleType, **replaced: Any) -> None:
-        self._module = module
-        vars(self).update(replaced)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)

@@ -14,15 +14,26 @@ from typing import Any
 
 import jax
 
-from fastgpu.errors import ConfigurationError
+from fastgpu import config
+from fastgpu.compile import options_for
+from fastgpu.errors import BudgetError, ConfigurationError
+from fastgpu.hardware import parse_budget
 from fastgpu.hardware.after_import import after_import
-from fastgpu.keras_integration import data, random
+from fastgpu.keras_integration import budget, data, random
 from fastgpu.transforms import optimize
 
 TRAINER = "keras.src.backend.jax.trainer"
-_FUNCTIONS = ("make_train_function", "make_test_function", "make_predict_function")
+_TRAINING = "make_train_function"
+_FUNCTIONS = (_TRAINING, "make_test_function", "make_predict_function")
+_STATE = (
+    "trainable_variables",
+    "non_trainable_variables",
+    "optimizer_variables",
+    "metrics_variables",
+)
 _log = logging.getLogger("fastgpu")
-_accelerated: weakref.WeakSet[Any] = weakref.WeakSet()
+# Models that are accelerated one by one, and the memory budget of each.
+_accelerated: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _every_model = False
 
 
@@ -34,7 +45,7 @@ def accelerate_all(trainer: ModuleType) -> None:
     after_import(random.MODULE, random.draw_in_one_pass)
 
 
-def accelerate(model: Any) -> Any:
+def accelerate(model: Any, *, memory_budget: int | float | str | None = None) -> Any:
     """Train, evaluate and predict with a Keras model through fastgpu's passes; returns the model.
 
     What `fastgpu.configure()` does for every model, for one. `model` is any `keras.Model`; Keras
@@ -42,11 +53,17 @@ def accelerate(model: Any) -> Any:
     a `train_step` of its own work as before and give the same numbers, up to float32 roundings.
     A step that cannot be traced runs as Keras runs it, and a warning says so once.
 
-    Raises `ConfigurationError` if `model` is no Keras model or Keras runs on another backend.
+    `memory_budget` is for a training step, weights and optimizer included: bytes, "8GiB", or "60%"
+    of what it takes otherwise. What the gradient keeps is planned for each kind of batch; a
+    `train_step` of the model's own is planned where it leaves the gradient to Keras's.
+
+    Raises `ConfigurationError` if `model` is no Keras model, Keras runs on another backend or the
+    budget cannot be read; training raises `BudgetError` if no plan fits.
 
     >>> import keras  # doctest: +SKIP
     >>> model = fastgpu.accelerate(keras.Sequential([keras.layers.Dense(10)]))  # doctest: +SKIP
     """
+    _check_budget(memory_budget)
     trainer = sys.modules.get(TRAINER)
     if trainer is None or not isinstance(model, trainer.JAXTrainer):
         raise ConfigurationError(
@@ -57,7 +74,7 @@ def accelerate(model: Any) -> Any:
             "KERAS_BACKEND=jax",
         )
     if _prepare(trainer):
-        _accelerated.add(model)
+        _accelerated[model] = memory_budget
         # What was compiled before is compiled again.
         model.train_function = model.test_function = model.predict_function = None
     return model
@@ -76,7 +93,20 @@ def _prepare(trainer: ModuleType) -> bool:
         original = getattr(known, name)
         if not hasattr(original, "__wrapped__"):
             setattr(known, name, _making(original, trainer))
+    budget.plan_gradients(trainer)
     return True
+
+
+def _check_budget(memory_budget: int | float | str | None) -> None:
+    if memory_budget is not None:
+        parse_budget(memory_budget, lambda: 1000)
+
+
+def _budget_of(model: Any) -> int | float | str | None:
+    """The model's own budget, or that of all models."""
+    configured = config.in_force()
+    own = _accelerated.get(model)
+    return configured.memory_budget if own is None and configured else own
 
 
 def _making(original: Callable[..., Any], trainer: Any) -> Callable[..., Any]:
@@ -87,7 +117,8 @@ def _making(original: Callable[..., Any], trainer: Any) -> Callable[..., Any]:
         if not (_every_model or model in _accelerated):
             return original(model, force=force)
         jit = trainer.jit
-        trainer.jit = functools.partial(_jit, model.name)
+        memory_budget = _budget_of(model) if original.__name__ == _TRAINING else None
+        trainer.jit = functools.partial(_jit, model, memory_budget)
         try:
             return original(model, force=force)
         finally:
@@ -96,17 +127,41 @@ def _making(original: Callable[..., Any], trainer: Any) -> Callable[..., Any]:
     return make
 
 
-def _jit(name: str, fn: Callable[..., Any], **settings: Any) -> Any:
-    return jax.jit(_optimized_or_as_it_is(name, fn), **settings)
+def _jit(
+    model: Any, memory_budget: int | float | str | None, fn: Callable[..., Any], **settings: Any
+) -> Any:
+    if memory_budget is None:
+        return jax.jit(_or_as_it_is(model.name, fn, optimize(fn)), **settings)
+    donated = settings.get("donate_argnums", ())
+    donated = (donated,) if isinstance(donated, int) else tuple(donated)
+    fast = _or_as_it_is(model.name, fn, budget.within(model.name, fn, memory_budget, donated))
+    options = options_for(jax.default_backend())
+    return _given_back(model, jax.jit(fast, compiler_options=options, **settings))
 
 
-def _optimized_or_as_it_is(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
-    fast = optimize(fn)
+def _given_back(model: Any, step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step`; if its budget is refused, the variables that Keras took from `model` return to it."""
+
+    def run(state: Any, batch: Any) -> Any:
+        try:
+            return step(state, batch)
+        except BudgetError:
+            model._jax_state = dict(zip(_STATE, state, strict=True))
+            model._jax_state_synced = False
+            model.jax_state_sync()
+            raise
+
+    return run
+
+
+def _or_as_it_is(name: str, fn: Callable[..., Any], fast: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def run(*args: Any) -> Any:
         try:
             return fast(*args)
+        except BudgetError:
+            raise
         except Exception as error:
             result = fn(*args)  # what is wrong with the model itself is for Keras to say
             _log.warning(

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
-from fastgpu.compile import Search, memory_report, parse_budget, shape_of, show_bytes
+from fastgpu.compile import Search, memory_report, shape_of
 from fastgpu.errors import BudgetError, ConfigurationError
-from fastgpu.hardware import Device, Target, resolve_target
+from fastgpu.hardware import Device, Target, parse_budget, resolve_target, show_bytes
 from fastgpu.training.microbatch import batch_examples, first_axis_split, resized
 from fastgpu.training.state import TrainState
 from fastgpu.training.step import TrainStep

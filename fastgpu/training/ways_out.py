@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 
-from fastgpu.compile import Attempt, Gradient, show_bytes
+from fastgpu.compile import Attempt, Gradient
 from fastgpu.errors import FastGPUError
+from fastgpu.hardware import show_bytes
 from fastgpu.ir.analysis import aval_bytes
 from fastgpu.optimizers import compressed
 from fastgpu.training.microbatch import batch_examples, divisors, resized

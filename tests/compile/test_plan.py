@@ -11,8 +11,9 @@ import optax
 import pytest
 
 import fastgpu as fgpu
-from fastgpu.compile import absent_mesh, compile_for, memory_report, parse_budget
+from fastgpu.compile import absent_mesh, compile_for, memory_report
 from fastgpu.errors import BatchError, BudgetError, ConfigurationError
+from fastgpu.hardware import parse_budget
 
 TX = optax.adam(1e-3)
 X = jax.ShapeDtypeStruct((1 << 15, 256), jnp.float32)

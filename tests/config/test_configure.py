@@ -246,7 +246,7 @@ def test_lazy_calls_are_not_taken_for_the_first_use(tmp_path: Path) -> None:
 
 def test_a_configuration_is_frozen() -> None:
     configuration = Configuration(
-        "auto", "cpu", ("cpu",), "default", None, None, None, False, 0, "warning"
+        "auto", "cpu", ("cpu",), "default", None, None, None, None, False, 0, "warning"
     )
     with pytest.raises(AttributeError):
         configuration.seed = 1  # pyright: ignore[reportAttributeAccessIssue]

@@ -86,7 +86,7 @@ before = model.evaluate(x, x[:, :2], verbose=0)
 assert fgpu.accelerate(model) is model
 import fastgpu.keras_integration.trainer as ours
 original = ours._jit
-ours._jit = lambda name, fn, **kw: made.append(name) or original(name, fn, **kw)
+ours._jit = lambda m, *fn, **kw: made.append(m.name) or original(m, *fn, **kw)
 assert abs(model.evaluate(x, x[:, :2], verbose=0) - before) < 1e-6
 model.fit(x, x[:, :2], verbose=0)
 other.fit(x, x[:, :2], verbose=0)

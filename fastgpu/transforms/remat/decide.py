@@ -1,6 +1,5 @@
 """From a budget of temporary bytes to a decision whose modelled peak fits it."""
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -32,9 +31,6 @@ _NEIGHBOURS = (
 )
 _ROUNDS = 3
 _FEW, _MANY_EQUATIONS = 3, 8_000
-# In a short program all of these are tried, with every division.
-_SHORT_EQUATIONS = 1_500
-_SHAPES = tuple(itertools.product((0.0, 0.5, 0.8), (True, False)))
 # Cuts that are solved to integers, in the order of their relaxed cost.
 _MOST_TRIED = 6
 # Another cut is tried while it may come to less than this part of the price found.
@@ -201,12 +197,8 @@ class Planner:
                 found[solver] = value(solver)
             return found[solver]
 
-        length = len(self.unconstrained.view.jaxpr.eqns)
-        cuts = [Cut(peak / division) for division in _DIVISIONS]
-        if length <= _SHORT_EQUATIONS:
-            cuts = [Cut(cut.segment_bytes, *shape) for cut in cuts for shape in _SHAPES]
-        best = min(cuts, key=worth)
-        many = length > _MANY_EQUATIONS
+        best = min((Cut(peak / division) for division in _DIVISIONS), key=worth)
+        many = len(self.unconstrained.view.jaxpr.eqns) > _MANY_EQUATIONS
         for _ in range(1 if many else _ROUNDS):
             nearest = min(_neighbours(best, _FEW if many else len(_NEIGHBOURS)), key=worth)
             if worth(nearest) >= worth(best):

@@ -21,7 +21,7 @@ from fastgpu.errors import ConfigurationError
 from fastgpu.hardware.after_import import after_import
 from fastgpu.hardware.backend import backend_started, first_use_of_jax
 
-Precision = Literal["default", "float32", "tf32", "bfloat16"]
+Precision = Literal["default", "float32", "tf32", "bfloat16", "bf16-mixed", "fp16-mixed"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 _MATMUL_PRECISION = {
@@ -29,6 +29,9 @@ _MATMUL_PRECISION = {
     "float32": "float32",
     "tf32": "tensorfloat32",
     "bfloat16": "bfloat16",
+    # Not a setting of JAX's: fastgpu's transforms ask for it.
+    "bf16-mixed": None,
+    "fp16-mixed": None,
 }
 _CACHE_LIMIT_BYTES = 4 * 2**30
 _CACHE_MIN_COMPILE_SECONDS = 0.5  # below it, reading the file costs what compiling does
@@ -113,6 +116,8 @@ def configure(
         "default" is the device's own (TF32 on recent NVIDIA GPUs); "float32" is exact; "tf32" and
         "bfloat16" allow as little as that, and a device that has no such unit computes with more
         (NVIDIA GPUs take TF32 for both, CPUs take float32). Arrays keep their dtypes.
+        "bf16-mixed" and "fp16-mixed" are the default of `precision=` in `optimize`,
+        `value_and_grad` and `train_step`; other programs, and Keras's, stay as they are.
       preallocate: whether JAX takes its share of GPU memory at once.
       memory_fraction: that share, in (0, 1].
       cache: where compiled programs are kept between runs: True for the user's cache folder (or
@@ -176,6 +181,15 @@ def configure(
     if not quiet:
         print(_in_force)
     return _in_force
+
+
+def default_precision() -> str | None:
+    """The mixed precision that transforms take when they are given none, if `configure` set one.
+
+    >>> default_precision() is None
+    True
+    """
+    return _in_force.precision if _in_force and "mixed" in _in_force.precision else None
 
 
 def _check_values(

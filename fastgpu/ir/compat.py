@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.core import AbstractValue, Tracer, eval_jaxpr
+from jax.core import AbstractValue, ShapedArray, Tracer, eval_jaxpr
 from jax.extend import source_info_util
 from jax.extend.core import (
     ClosedJaxpr,
@@ -32,6 +32,7 @@ __all__ = [
     "JaxprEqn",
     "Literal",
     "Primitive",
+    "ShapedArray",
     "Tracer",
     "Var",
     "bind",

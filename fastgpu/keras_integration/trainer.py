@@ -101,7 +101,7 @@ def _jit(name: str, fn: Callable[..., Any], **settings: Any) -> Any:
 
 
 def _optimized_or_as_it_is(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
-    fast = optimize(fn)
+    fast = optimize(fn, precision={})  # Keras has dtype policies of its own
 
     @functools.wraps(fn)
     def run(*args: Any) -> Any:

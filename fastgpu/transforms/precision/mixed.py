@@ -77,13 +77,17 @@ class _Value:
 
     def __init__(self, array: Any, kind: Kind | None) -> None:
         self.array, self.kind = array, kind
-        self.rounded: Any = None
+        # In the other dtype, once for all that read it: their cotangents add up before they are
+        # rounded, or after.
+        self.other: Any = None
 
     def wide(self) -> Any:
         """The value in its own dtype."""
-        if self.kind is Kind.LOW:
-            return lax.convert_element_type(self.array, np.float32)
-        return self.array
+        if self.kind is not Kind.LOW:
+            return self.array
+        if self.other is None:
+            self.other = lax.convert_element_type(self.array, np.float32)
+        return self.other
 
     def low(self, dtype: np.dtype) -> Any:
         """The value in the low dtype."""
@@ -94,9 +98,9 @@ class _Value:
         if self.kind in (Kind.DATA, Kind.SPREAD, Kind.CONSTANT):
             # Once for each use: gradients of parameters are then added up in float32.
             return lax.convert_element_type(self.array, dtype)
-        if self.rounded is None:
-            self.rounded = lax.convert_element_type(self.array, dtype)
-        return self.rounded
+        if self.other is None:
+            self.other = lax.convert_element_type(self.array, dtype)
+        return self.other
 
 
 class _Pass:

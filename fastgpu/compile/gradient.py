@@ -80,9 +80,7 @@ def value_and_grad(
     >>> bool(jnp.allclose(grad, jax.grad(loss)(w, x), rtol=1e-5))
     True
     """
-    return ValueAndGrad(
-        fn, argnums, has_aux, memory_budget, target, passes, compress, precision
-    )
+    return ValueAndGrad(fn, argnums, has_aux, memory_budget, target, passes, compress, precision)
 
 
 class ValueAndGrad:

@@ -22,11 +22,13 @@ MOVING = frozenset(
     {
         *("all_gather", "all_to_all", "broadcast_in_dim", "concatenate", "copy", "copy_p"),
         *("dynamic_slice", "dynamic_update_slice", "expand_dims", "gather", "name", "pad"),
-        *("ppermute", "pvary", "reduce_window_max", "reduce_window_min", "reshape", "rev"),
+        *("ppermute", "pvary", "reshape", "rev"),
         *("select_n", "sharding_constraint", "slice", "split", "squeeze", "stop_gradient"),
         "transpose",
     }
 )
+# Elements are chosen too, but what they are chosen from is stored: as other activations are.
+POOLING = frozenset({"reduce_window_max", "reduce_window_min"})
 # Each result is the operand in the same place.
 PARALLEL = frozenset({"optimization_barrier"})
 
@@ -75,10 +77,12 @@ def elementwise(name: str, kinds: Sequence[Kind], low: bool) -> Kind:
     if set(rest) == {Kind.LOOKUP}:
         return Kind.LOOKUP
     # A norm subtracts its running mean before it divides: as exact as the mean of the batch.
-    centred = name == "sub" and kinds[1] is Kind.SPREAD
+    centred = name == "sub" and kinds[1] in _YIELDING
+    # What is divided by may be nearly zero: it was made wide for a reason.
+    guarded = name == "div" and kinds[1] is Kind.WIDE
     # A norm's result stays wide through its scale and bias, and until it meets other activations.
     alone = rest == [Kind.WIDE]
-    return Kind.WIDE if not low or centred or alone else Kind.LOW
+    return Kind.WIDE if not low or centred or guarded or alone else Kind.LOW
 
 
 def wide_result(name: str, kinds: Sequence[Kind]) -> Kind:

@@ -31,12 +31,14 @@ from fastgpu.ir.compat import (
     is_plain_call,
     map_sub_jaxprs,
     scope,
+    shard_mapped,
     sub_jaxprs,
 )
 from fastgpu.transforms.precision.kinds import (
     ELEMENTWISE,
     MOVING,
     PARALLEL,
+    POOLING,
     PRODUCTS,
     Kind,
     elementwise,
@@ -232,6 +234,8 @@ class _Pass:
         """The kind of the result, LOW if it is computed in the low dtype."""
         name = eqn.primitive.name
         kinds = [value.kind for value in values if value.kind is not None]
+        if name in POOLING:
+            return Kind.LOW if low and kinds[0] in (Kind.LOW, Kind.WIDE) else kinds[0]
         if name in MOVING:
             if len(kinds) == 1:
                 moved = kinds[0]
@@ -301,6 +305,8 @@ class _Pass:
             return self.bound(eqn, [value.array for value in values], kinds, wanted, path, None)
         # What says where its inputs and outputs lie also says their types.
         kinds = [Kind.WIDE if value.kind is Kind.LOW else value.kind for value in values]
+        if name == "shard_map":
+            return self.shard_map(eqn, values, kinds, wanted, path)
         return self.bound(eqn, [value.wide() for value in values], kinds, wanted, path, False)
 
     def bound(
@@ -323,6 +329,25 @@ class _Pass:
         outputs = bind(eqn, arrays, map_sub_jaxprs(eqn, change))
         given = [Kind.WIDE if kind is Kind.LOW and low is False else kind for kind in found]
         return [_Value(output, kind) for output, kind in zip(outputs, given, strict=True)]
+
+    def shard_map(
+        self,
+        eqn: JaxprEqn,
+        values: list[_Value],
+        kinds: list[Kind | None],
+        wanted: list[bool],
+        path: str,
+    ) -> list[_Value]:
+        found: list[Kind | None] = []
+
+        def body(*args: Any) -> list[Any]:
+            inputs = [_Value(arg, kind) for arg, kind in zip(args, kinds, strict=True)]
+            results = self.evaluate(eqn.params["jaxpr"], (), inputs, wanted, path)
+            found[:] = [Kind.WIDE if value.kind is Kind.LOW else value.kind for value in results]
+            return [value.wide() for value in results]
+
+        outputs = shard_mapped(eqn, body, [value.wide() for value in values])
+        return [_Value(output, kind) for output, kind in zip(outputs, found, strict=True)]
 
     def custom(
         self, eqn: JaxprEqn, values: list[_Value], wanted: list[bool], path: str

@@ -8,9 +8,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from fastgpu.ir.compat import ClosedJaxpr, Jaxpr, JaxprEqn, Var, sub_jaxprs
-from fastgpu.transforms.precision.kinds import ELEMENTWISE, MOVING, PARALLEL, PASSING, REDUCTIONS
+from fastgpu.transforms.precision.kinds import (
+    ELEMENTWISE,
+    MOVING,
+    PARALLEL,
+    PASSING,
+    POOLING,
+    REDUCTIONS,
+)
 
-_THROUGH = ELEMENTWISE | MOVING | PASSING | REDUCTIONS
+_THROUGH = ELEMENTWISE | MOVING | PASSING | POOLING | REDUCTIONS
 
 
 class Wanted:

@@ -56,7 +56,7 @@ def scaled(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
 
     >>> def loss_fn(params, model_state, batch, rng):
     ...     return jnp.sum(params), (model_state, {})
-    >>> loss, _ = scaled(loss_fn)(jnp.ones(3), ({}, 8.0), None, None)
+    >>> loss, _ = scaled(loss_fn)(jnp.ones(3), ({}, jnp.float32(8)), None, None)
     >>> float(loss)
     24.0
     """

@@ -101,6 +101,11 @@ def test_it_runs_under_jit_and_scan():
 # ---- the loss scale
 
 
+def scale_of(state):
+    """The scale, and the good steps since it changed."""
+    return float(state.loss_scale.scale), int(state.loss_scale.good_steps)
+
+
 def product(size):
     """A step in float16 whose gradient is `size`, before it is scaled."""
 
@@ -121,21 +126,20 @@ def test_gradients_that_float16_would_flush_to_zero_arrive():
     step, state = product(2.0**-30)
     state, metrics = step(state, ONE)
     assert state.params["w"] == -(2.0**-30)
-    assert metrics["loss_scale"] == 2.0**16 and int(state.loss_scale.good_steps) == 1
+    assert metrics["loss_scale"] == 2.0**16 and scale_of(state) == (2.0**16, 1)
 
 
 def test_a_step_that_overflows_changes_the_scale_only():
     step, before = product(4.0)  # times 2^16 it is more than float16's largest number
     after, metrics = step(before, ONE)
-    assert (float(after.loss_scale.scale), int(after.step)) == (2.0**15, 1)
-    same = ("params", "model_state", "opt_state")
-    for name in same:
+    assert scale_of(after) == (2.0**15, 0) and int(after.step) == 1
+    for name in ("params", "model_state", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(before, name))
     assert float(metrics["loss"]) == 0.0
     # Halved until it fits, then training goes on.
     for _ in range(3):
         after, metrics = step(after, ONE)
-    assert float(after.loss_scale.scale) == 2.0**13 and after.params["w"] != 0
+    assert scale_of(after) == (2.0**13, 1) and after.params["w"] != 0
 
 
 def test_the_scale_doubles_after_2000_good_steps_in_a_row():
@@ -144,10 +148,10 @@ def test_the_scale_doubles_after_2000_good_steps_in_a_row():
     scales = []
     for _ in range(3):
         state, _ = step(state, ONE)
-        scales.append((float(state.loss_scale.scale), int(state.loss_scale.good_steps)))
+        scales.append(scale_of(state))
     assert scales == [(64, 1999), (128, 0), (128, 1)]
-    overflown = state.loss_scale.after(jnp.array(False))
-    assert (float(overflown.scale), int(overflown.good_steps)) == (64, 0)
+    overflown, _ = step(state, {"x": jnp.full((1, 1), 1e6)})
+    assert scale_of(overflown) == (64, 0)
 
 
 def test_microbatches_are_scaled_too():
@@ -175,14 +179,13 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
         state = fgpu.TrainState.create(VARIABLES, TX, rng=0, precision="fp16-mixed")
         # A scale that overflows at first, so that it changes on the way.
         state = state.replace(loss_scale=LossScale(jnp.float32(2.0**22), jnp.int32(0)))
-        data = {**BATCH, "inputs": BATCH["inputs"]}
         settings = {"batch_size": 4, "run_dir": run_dir, "progress": False}
-        return fgpu.fit(step, state, data, steps=steps, **settings).state
+        return fgpu.fit(step, state, BATCH, steps=steps, **settings).state
 
     whole = fitted(6)
     fitted(3, tmp_path)
     resumed = fitted(6, tmp_path)
-    assert whole.loss_scale.scale < 2.0**22
+    assert scale_of(whole)[0] < 2.0**22
     for one, two in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
         if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
             one, two = jax.random.key_data(one), jax.random.key_data(two)

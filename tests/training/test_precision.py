@@ -11,7 +11,7 @@ import pytest
 
 import fastgpu as fgpu
 from fastgpu.errors import FastGPUError
-from fastgpu.training.loss_scale import LossScale
+from fastgpu.training import LossScale
 
 TX = optax.adam(1e-2)
 

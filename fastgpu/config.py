@@ -22,7 +22,7 @@ from fastgpu.hardware.after_import import after_import
 from fastgpu.hardware.backend import backend_started, first_use_of_jax
 from fastgpu.hardware.sizes import parse_budget
 
-Precision = Literal["default", "float32", "tf32", "bfloat16"]
+Precision = Literal["default", "float32", "tf32", "bfloat16", "bf16-mixed", "fp16-mixed"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 _MATMUL_PRECISION = {
@@ -30,6 +30,9 @@ _MATMUL_PRECISION = {
     "float32": "float32",
     "tf32": "tensorfloat32",
     "bfloat16": "bfloat16",
+    # Not a setting of JAX's: fastgpu's transforms ask for it.
+    "bf16-mixed": None,
+    "fp16-mixed": None,
 }
 _CACHE_LIMIT_BYTES = 4 * 2**30
 _CACHE_MIN_COMPILE_SECONDS = 0.5  # below it, reading the file costs what compiling does
@@ -120,6 +123,8 @@ def configure(
         "default" is the device's own (TF32 on recent NVIDIA GPUs); "float32" is exact; "tf32" and
         "bfloat16" allow as little as that, and a device that has no such unit computes with more
         (NVIDIA GPUs take TF32 for both, CPUs take float32). Arrays keep their dtypes.
+        "bf16-mixed" and "fp16-mixed" are the default of `precision=` in `optimize`,
+        `value_and_grad` and `train_step`; other programs, and Keras's, stay as they are.
       preallocate: whether JAX takes its share of GPU memory at once.
       memory_fraction: that share, in (0, 1].
       memory_budget: what a Keras model's training step may take, weights and optimizer included:
@@ -197,9 +202,22 @@ def configure(
     return _in_force
 
 
-def in_force() -> Configuration | None:
-    """What the last `configure` settled; `None` before the first."""
-    return _in_force
+def default_precision() -> str | None:
+    """The mixed precision that transforms take when they are given none, if `configure` set one.
+
+    >>> default_precision() is None
+    True
+    """
+    return _in_force.precision if _in_force and "mixed" in _in_force.precision else None
+
+
+def default_memory_budget() -> int | float | str | None:
+    """What Keras's training steps may take, if `configure` set it.
+
+    >>> default_memory_budget() is None
+    True
+    """
+    return _in_force.memory_budget if _in_force else None
 
 
 def _check_values(

@@ -33,6 +33,10 @@ Settings = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, gpu, or cuda:N.")]
 Loss = Annotated[str, typer.Option(help="A loss of optax, by name.")]
+Precision = Annotated[
+    str,
+    typer.Option(help="default, float32, tf32, bf16-mixed or fp16-mixed (with a loss scale)."),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Examples in a batch.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 

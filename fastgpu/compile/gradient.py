@@ -18,7 +18,7 @@ from fastgpu.errors import TraceError
 from fastgpu.hardware import Device, Target, resolve_target
 from fastgpu.ir.analysis import aval_bytes
 from fastgpu.ir.compat import ClosedJaxpr, Tracer, eval_jaxpr, jaxpr_as_fun, platform
-from fastgpu.transforms import optimize, optimized_trace
+from fastgpu.transforms import Policy, Precision, optimize, optimized_trace, policy_of
 from fastgpu.transforms.remat import (
     Joint,
     Planner,
@@ -45,6 +45,7 @@ def value_and_grad(
     target: str | Device | Target | None = None,
     passes: Any = "default",
     compress: str | None = None,
+    precision: Precision = None,
 ) -> "ValueAndGrad":
     """`jax.value_and_grad` of `fastgpu.optimize(fn)`, compiled to a peak within `memory_budget`.
 
@@ -54,7 +55,8 @@ def value_and_grad(
       memory_budget: bytes; or "16GiB", "8GB"; or "60%" of the peak without a budget. The peak is
         the compiler's: arguments + results - aliases + temporaries + code, on one device.
       target: the device to plan for, such as "h100"; `None` is the one that JAX runs on.
-      passes: handed to `fastgpu.optimize`.
+      passes, precision: handed to `fastgpu.optimize`. Gradients keep the dtypes of what they are
+        of; with "fp16-mixed" they are not scaled here, as `fastgpu.train_step` does.
       compress: "int8" or "bfloat16" allows a plan to keep values for the backward half in fewer
         bits, where that is cheaper than to compute them again. Gradients then differ a little: see
         `ValueAndGrad.gradient_error`. `None` keeps them exact.
@@ -78,7 +80,7 @@ def value_and_grad(
     >>> bool(jnp.allclose(grad, jax.grad(loss)(w, x), rtol=1e-5))
     True
     """
-    return ValueAndGrad(fn, argnums, has_aux, memory_budget, target, passes, compress)
+    return ValueAndGrad(fn, argnums, has_aux, memory_budget, target, passes, compress, precision)
 
 
 class ValueAndGrad:
@@ -93,9 +95,10 @@ class ValueAndGrad:
         target: str | Device | Target | None,
         passes: Any,
         compress: str | None = None,
+        precision: Precision = None,
     ) -> None:
         check_compress(compress)
-        self.compress = compress
+        self.compress, self.precision = compress, policy_of(precision)
         self.fn, self.argnums, self.has_aux = fn, argnums, has_aux
         self.memory_budget, self.target, self.passes = memory_budget, target, passes
         self._searches: dict[Any, tuple[Gradient, Search]] = {}
@@ -106,7 +109,7 @@ class ValueAndGrad:
             moving, rest = self._split(args, kwargs)
             if _may_be_wide(moving, rest):
                 return self._result(self._without_budget(moving, rest))
-            fn = optimize(self.fn, passes=self.passes, target=self.target)
+            fn = optimize(self.fn, self.passes, self.target, self.precision)
             return jax.value_and_grad(fn, self.argnums, self.has_aux)(*args, **kwargs)
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((args, kwargs))):
             return self._planned(*args, **kwargs)
@@ -114,7 +117,7 @@ class ValueAndGrad:
 
     @cached_property
     def _without_budget(self) -> Callable[..., Any]:
-        return jax.jit(gradient_of(self._of_trees, self.passes, self.target))
+        return jax.jit(gradient_of(self._of_trees, self.passes, self.target, self.precision))
 
     @cached_property
     def _jitted(self) -> Callable[..., Any]:
@@ -158,7 +161,9 @@ class ValueAndGrad:
         key = (tree, tuple((s.shape, s.dtype, s.weak_type, s.sharding) for s in structs), target)
         if key not in self._searches:
             moving, rest = jax.tree.unflatten(tree, structs)
-            gradient = Gradient(self._of_trees, moving, rest, target, self.passes, self.compress)
+            gradient = Gradient(
+                self._of_trees, moving, rest, target, self.passes, self.compress, self.precision
+            )
 
             def compiled(program: ClosedJaxpr) -> Any:
                 def run(moving: Any, rest: Any) -> Any:
@@ -200,27 +205,35 @@ class ValueAndGrad:
 
 
 def gradient_of(
-    fn: Callable[..., tuple[Any, Any]], passes: Any, target: str | Device | Target | None
+    fn: Callable[..., tuple[Any, Any]],
+    passes: Any,
+    target: str | Device | Target | None,
+    precision: Policy,
 ) -> Callable[..., Any]:
     """`jax.value_and_grad(optimize(fn), has_aux=True)`, of the first argument.
 
     A loss over a large vocabulary runs in chunks of rows together with its gradient: its scores
     are never in memory as a whole, and nothing is computed twice.
     """
-    plain = jax.value_and_grad(optimize(fn, passes=passes, target=target), has_aux=True)
+    plain = jax.value_and_grad(optimize(fn, passes, target, precision), has_aux=True)
 
     def value_and_grad(moving: Any, *rest: Any) -> Any:
         def of_trees(moving: Any, rest: Any) -> Any:
             return fn(moving, *rest)
 
-        chunked = _in_chunks(of_trees, moving, rest, passes, target)
+        chunked = _in_chunks(of_trees, moving, rest, passes, target, precision)
         return plain(moving, *rest) if chunked is None else chunked
 
     return value_and_grad
 
 
 def _in_chunks(
-    fn: Callable[[Any, Any], tuple[Any, Any]], moving: Any, rest: Any, passes: Any, target: Any
+    fn: Callable[[Any, Any], tuple[Any, Any]],
+    moving: Any,
+    rest: Any,
+    passes: Any,
+    target: Any,
+    precision: Policy,
 ) -> Any:
     """`((value, aux), gradients)` with a large product near its end in chunks, if there is one."""
     if not _may_be_wide(moving, rest):
@@ -228,7 +241,7 @@ def _in_chunks(
     several = jax.device_count() if target is None else resolve_target(target).count
     if several > 1:  # rows that lie on several devices are chunks already
         return None
-    gradient = Gradient(fn, moving, rest, target, passes)
+    gradient = Gradient(fn, moving, rest, target, passes, precision=precision)
     kept = sum(aval_bytes(v.aval) for v in gradient.joint.residuals)
     found = in_row_chunks(gradient.joint, max(kept, _LEAST_BYTES))
     if found is None:
@@ -255,6 +268,7 @@ class Gradient:
         target: str | Device | Target | None,
         passes: Any = "default",
         compress: str | None = None,
+        precision: Precision = None,
     ) -> None:
         self.target = resolve_target(target)
         shelves = shelves_for(self.target.device, compress)
@@ -273,7 +287,7 @@ class Gradient:
             _require_scalar(value)
             return value, aux
 
-        traced = optimized_trace(of_leaves, structs, passes, self.target)
+        traced = optimized_trace(of_leaves, structs, passes, self.target, precision)
         self.closed_jaxpr = traced.closed_jaxpr
         _, self.aux_tree = traced.out_tree.children()
         self.joint = self._joint(self.closed_jaxpr)

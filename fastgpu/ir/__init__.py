@@ -26,3 +26,4 @@ from fastgpu.ir.rewrite import rewrite as rewrite
 from fastgpu.ir.trace import Traced as Traced
 from fastgpu.ir.trace import trace as trace
 from fastgpu.ir.verify import verify as verify
+from fastgpu.ir.verify import verify_types as verify_types

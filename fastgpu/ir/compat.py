@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.core import AbstractValue, Tracer, eval_jaxpr
+from jax.core import AbstractValue, ShapedArray, Tracer, eval_jaxpr
 from jax.extend import source_info_util
 from jax.extend.core import (
     ClosedJaxpr,
@@ -32,6 +32,7 @@ __all__ = [
     "JaxprEqn",
     "Literal",
     "Primitive",
+    "ShapedArray",
     "Tracer",
     "Var",
     "bind",
@@ -47,6 +48,7 @@ __all__ = [
     "on_host",
     "platform",
     "scope",
+    "shard_mapped",
     "source_line",
     "sub_jaxprs",
     "with_borders",
@@ -114,6 +116,20 @@ def bind(eqn: JaxprEqn, values: Sequence[Any], params: dict[str, Any] | None = N
     bound = eqn.primitive.get_bind_params(eqn.params if params is None else params)
     outputs = eqn.primitive.bind(*values, **bound)
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+def shard_mapped(eqn: JaxprEqn, body: Callable[..., list[Any]], values: Sequence[Any]) -> list[Any]:
+    """The `shard_map` equation `eqn` with another body: under it the mesh's axes have names."""
+    params = eqn.params
+    mapped = jax.shard_map(
+        body,
+        mesh=params["mesh"],
+        in_specs=tuple(params["in_specs"]),
+        out_specs=list(params["out_specs"]),
+        axis_names=set(params["newly_manual_axes"]),
+        check_vma=params["check_vma"],
+    )
+    return list(mapped(*values))
 
 
 def scope(eqn: JaxprEqn):

@@ -21,6 +21,7 @@ from fastgpu.ir.compat import (
     bind,
     map_sub_jaxprs,
     scope,
+    shard_mapped,
     sub_jaxprs,
 )
 
@@ -75,6 +76,10 @@ def _apply(eqn: JaxprEqn, values: list[Any], rules: Rules) -> list[Any]:
         _check_outputs(eqn, outputs, rule)
         return outputs
     if any(_matches(sub, rules) for sub in sub_jaxprs(eqn)):
+        if eqn.primitive.name == "shard_map":
+            return shard_mapped(
+                eqn, lambda *args: interpret(eqn.params["jaxpr"], (), args, rules), values
+            )
         return bind(eqn, values, map_sub_jaxprs(eqn, lambda sub: rewrite(sub, rules)))
     return bind(eqn, values)
 

@@ -41,7 +41,7 @@ def within(
 
     Raises `BudgetError` when no plan fits `budget`, with the smallest peak that was found.
     """
-    optimized = optimize(fn)
+    optimized = optimize(fn, precision={})  # Keras has dtype policies of its own
 
     @functools.wraps(fn)
     def step(*args: Any) -> Any:
@@ -104,7 +104,7 @@ class _Differentiated:
 
     def __init__(self, call: _Call) -> None:
         self.types = call.types
-        self.gradient = Gradient(call.again, call.moving, call.arrays, None)
+        self.gradient = Gradient(call.again, call.moving, call.arrays, None, precision={})
 
     def evaluate(self, program: ClosedJaxpr, call: _Call) -> Any:
         """`((value, aux), gradients)` of `call` by `program`."""
@@ -141,7 +141,7 @@ def _with_program(
             return fn(*args)
 
     passes = whole_step("default")
-    return optimize(step, passes) if passes else step
+    return optimize(step, passes, precision={}) if passes else step
 
 
 @contextlib.contextmanager

@@ -45,4 +45,4 @@ def _draws() -> dict[str, Any]:
 @functools.cache
 def _optimized(name: str, shape: tuple[int, ...], settings: tuple[tuple[str, Any], ...]) -> Any:
     draw = getattr(jax.random, name)
-    return optimize(lambda key: draw(key, shape=shape, **dict(settings)))
+    return optimize(lambda key: draw(key, shape=shape, **dict(settings)), precision={})

@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
-from fastgpu import config
 from fastgpu.compile import options_for
+from fastgpu.config import default_memory_budget
 from fastgpu.errors import BudgetError, ConfigurationError
 from fastgpu.hardware import parse_budget
 from fastgpu.hardware.after_import import after_import
@@ -104,9 +104,8 @@ def _check_budget(memory_budget: int | float | str | None) -> None:
 
 def _budget_of(model: Any) -> int | float | str | None:
     """The model's own budget, or that of all models."""
-    configured = config.in_force()
     own = _accelerated.get(model)
-    return configured.memory_budget if own is None and configured else own
+    return default_memory_budget() if own is None else own
 
 
 def _making(original: Callable[..., Any], trainer: Any) -> Callable[..., Any]:
@@ -131,7 +130,8 @@ def _jit(
     model: Any, memory_budget: int | float | str | None, fn: Callable[..., Any], **settings: Any
 ) -> Any:
     if memory_budget is None:
-        return jax.jit(_or_as_it_is(model.name, fn, optimize(fn)), **settings)
+        fast = optimize(fn, precision={})  # Keras has dtype policies of its own
+        return jax.jit(_or_as_it_is(model.name, fn, fast), **settings)
     donated = settings.get("donate_argnums", ())
     donated = (donated,) if isinstance(donated, int) else tuple(donated)
     fast = _or_as_it_is(model.name, fn, budget.within(model.name, fn, memory_budget, donated))

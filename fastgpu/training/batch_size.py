@@ -259,6 +259,7 @@ def _of_any_size(step: TrainStep) -> TrainStep:
         step.memory_budget,
         step.accumulate_steps,
         compress=step.compress,
+        precision=step.precision,
     )
 
 

@@ -3,6 +3,7 @@
 The last partial batch is padded and the padding weighs nothing, so one program runs for all.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,8 +16,8 @@ from fastgpu.errors import BatchError, LossError
 from fastgpu.training.data import batch_length, batches_of, padded, prefetch
 from fastgpu.training.leaves import leaf_type
 from fastgpu.training.losses import SupervisedLoss, apply_inference, weighted_sum
-from fastgpu.training.step import require_alive
-from fastgpu.transforms import optimize
+from fastgpu.training.step import TrainStep, require_alive
+from fastgpu.transforms import Policy, Precision, optimize, policy_of
 
 ExampleFn = Callable[..., Any]  # (variables, batch) -> {name: values}
 
@@ -29,6 +30,7 @@ def evaluate(
     batch_size: int | None = None,
     passes: Any = "default",
     target: Any = None,
+    precision: Precision = None,
 ) -> dict[str, float]:
     """The mean loss and metrics over `data`, weighted by `batch["weights"]` where given.
 
@@ -40,6 +42,7 @@ def evaluate(
       data: a dict of arrays (then `batch_size` is needed), an iterable of batches, or a callable
         that is given 0 and returns one.
       passes, target: handed to `fastgpu.optimize`.
+      precision: as there; `None` is that of the step, if one is given.
 
     Raises `LossError` if `loss` is none of these, `BatchError` if the data cannot be read.
 
@@ -60,7 +63,9 @@ def evaluate(
     shapes = jax.eval_shape(examples, variables, one[0])
     # A mean over a padded batch would count the padding.
     pad = all(value.ndim > 0 for value in shapes.values())
-    sums = _compiled_sums(_ById(getattr(loss, "loss_fn", loss)), _ById(passes), _ById(target))
+    policy = _policy(loss, precision)
+    loss_fn = _ById(getattr(loss, "loss_fn", loss))
+    sums = _compiled_sums(loss_fn, _ById(passes), _ById(target), policy)
     parts = [
         sums(variables, batch)
         for batch in prefetch(batch for batch, _ in padded(batches.epoch(0), pad=pad))
@@ -77,6 +82,7 @@ def predict(
     batch_size: int = 128,
     passes: Any = "default",
     target: Any = None,
+    precision: Precision = None,
 ) -> Any:
     """The module's outputs for all `inputs`, in order, as NumPy arrays [examples, ...].
 
@@ -87,6 +93,7 @@ def predict(
         the key "inputs" (other keys are not used), or an iterable of batches with that key.
       batch_size: of the batches that arrays are cut into.
       passes, target: handed to `fastgpu.optimize`.
+      precision: as there; `None` is that of the step, if one is given.
 
     >>> import flax.linen as nn
     >>> module = nn.Dense(2, kernel_init=nn.initializers.ones)
@@ -94,7 +101,8 @@ def predict(
     >>> predict(module, variables, np.ones((3, 3), np.float32), batch_size=2)
     array([[3., 3.], [3., 3.], [3., 3.]], dtype=float32)
     """
-    forward = _compiled_forward(_ById(_module(model)), _ById(passes), _ById(target))
+    policy = _policy(model, precision)
+    forward = _compiled_forward(_ById(_module(model)), _ById(passes), _ById(target), policy)
     data, size = _input_data(inputs, batch_size)
     batches = batches_of(data, size, shuffle=False, drop_remainder=False)
     variables = _variables(state)
@@ -137,8 +145,10 @@ class _ById:
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_sums(loss: _ById, passes: _ById, target: _ById) -> Callable[..., Any]:
-    examples = optimize(example_fn(loss.value), passes=passes.value, target=target.value)
+def _compiled_sums(
+    loss: _ById, passes: _ById, target: _ById, precision: Policy
+) -> Callable[..., Any]:
+    examples = optimize(example_fn(loss.value), passes.value, target.value, precision)
 
     def sums(variables: Any, batch: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
         count = batch_length(batch)
@@ -154,11 +164,20 @@ def _compiled_sums(loss: _ById, passes: _ById, target: _ById) -> Callable[..., A
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_forward(module: _ById, passes: _ById, target: _ById) -> Callable[..., Any]:
+def _compiled_forward(
+    module: _ById, passes: _ById, target: _ById, precision: Policy
+) -> Callable[..., Any]:
     def forward(variables: Any, inputs: Any) -> Any:
         return apply_inference(module.value, variables, inputs)
 
-    return jax.jit(optimize(forward, passes=passes.value, target=target.value))
+    return jax.jit(optimize(forward, passes.value, target.value, precision))
+
+
+def _policy(model: Any, precision: Precision) -> Policy:
+    """A scope of the loss may be missing where only outputs or metrics are computed."""
+    if precision is None and isinstance(model, TrainStep):
+        precision = model.precision
+    return dataclasses.replace(policy_of(precision), strict=False)
 
 
 def _module(model: Any) -> Any:

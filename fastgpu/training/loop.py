@@ -91,7 +91,8 @@ def fit(
     if (epochs is None) == (steps is None):
         raise ValueError(f"pass exactly one of `epochs` and `steps`, not {epochs=} and {steps=}")
     eval_batch = (eval_batch_size or batch_size) if isinstance(eval_data, Mapping) else None
-    passes = {name: getattr(step, name) for name in ("passes", "target") if hasattr(step, name)}
+    settings = "passes", "target", "precision"
+    passes = {name: getattr(step, name) for name in settings if hasattr(step, name)}
     if eval_data is not None:
         eval_loss = step if eval_loss is None else eval_loss
         example_fn(eval_loss)

@@ -10,6 +10,8 @@ from flax import struct
 from flax.core import unfreeze
 
 from fastgpu.errors import FastGPUError
+from fastgpu.training.loss_scale import LossScale
+from fastgpu.transforms import Precision, policy_of
 
 
 class TrainState(struct.PyTreeNode):
@@ -21,6 +23,7 @@ class TrainState(struct.PyTreeNode):
     opt_state: optax's.
     rng: a random key; each step uses it folded with `step`, so it never changes and a resumed run
       draws the same numbers.
+    loss_scale: what a step in "fp16-mixed" scales its loss by; `None` for every other.
 
     >>> tx = optax.adam(1e-3)
     >>> state = TrainState.create({"params": {"w": jnp.ones(3)}, "batch_stats": {}}, tx, rng=0)
@@ -33,6 +36,7 @@ class TrainState(struct.PyTreeNode):
     model_state: Any
     opt_state: Any
     rng: jax.Array
+    loss_scale: LossScale | None = None
 
     @classmethod
     def create(
@@ -41,13 +45,15 @@ class TrainState(struct.PyTreeNode):
         tx: optax.GradientTransformation,
         *,
         rng: jax.Array | int,
+        precision: Precision = None,
     ) -> "TrainState":
         """The state before the first step.
 
         `variables` are Flax's: "params" is trained, every other collection becomes `model_state`.
         Arrays are copied, because a step donates its state: `variables` stay yours. `rng` is a
-        random key, or a seed. Raises `FastGPUError` if "params" is missing or holds a leaf that is
-        not floating-point.
+        random key, or a seed. `precision` is the step's: "fp16-mixed" needs a loss scale, which is
+        part of the state. Raises `FastGPUError` if "params" is missing or holds a leaf that is not
+        floating-point.
 
         >>> state = TrainState.create({"params": {"w": jnp.ones(3)}}, optax.sgd(0.1), rng=0)
         >>> state.step, state.variables
@@ -72,6 +78,7 @@ class TrainState(struct.PyTreeNode):
             model_state=collections,
             opt_state=opt_state,
             rng=_owned(_typed_key(rng)),
+            loss_scale=LossScale.create() if policy_of(precision).scales_loss else None,
         )
 
     @property

@@ -32,6 +32,7 @@ from fastgpu.errors import BatchError, FastGPUError, LossError, TraceError
 from fastgpu.hardware import Device, Target, resolve_target
 from fastgpu.ir.compat import ClosedJaxpr, Tracer, platform
 from fastgpu.training.leaves import first_difference, is_array, leaf_type, leaf_types
+from fastgpu.training.loss_scale import all_finite, chosen, scaled, unscaled
 from fastgpu.training.microbatch import (
     accumulated,
     batch_examples,
@@ -45,7 +46,7 @@ from fastgpu.training.microbatch import (
 )
 from fastgpu.training.state import TrainState, strong
 from fastgpu.training.ways_out import ways_out
-from fastgpu.transforms import optimize, whole_step
+from fastgpu.transforms import Precision, optimize, policy_of, whole_step
 from fastgpu.transforms.remat import check_compress
 
 LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, tuple[Any, Mapping[str, Any]]]]
@@ -63,6 +64,7 @@ def train_step(
     accumulate_steps: int | Literal["auto"] = 1,
     global_batch: int | None = None,
     compress: str | None = None,
+    precision: Precision = None,
 ) -> "TrainStep":
     """A compiled `(state, batch) -> (state, metrics)`.
 
@@ -93,6 +95,11 @@ def train_step(
         whatever the size of the batch it is given.
       compress: "int8" or "bfloat16" allows a plan to keep values for the backward half in fewer
         bits; gradients then differ a little, as `TrainStep.gradient_error` measures.
+      precision: "bf16-mixed", "fp16-mixed", "float32", "tf32", or a dict from scopes to these, as
+        for `fastgpu.optimize`; `None` is what `configure` set. Parameters, optimizer state,
+        gradients, `model_state` and metrics keep their dtypes. "fp16-mixed" scales the loss: the
+        state has to be made with the same precision, a step whose gradients overflow is skipped
+        (all but `state.step` stays, and the scale is halved), and there is a metric "loss_scale".
 
     The metrics are `{"loss": loss, **metrics}`, on the device: a step never waits for them.
     Composes with `jax.jit` and `jax.lax.scan`; there, batches are not compared.
@@ -122,6 +129,7 @@ def train_step(
         accumulate_steps,
         global_batch,
         compress,
+        precision,
     )
 
 
@@ -140,6 +148,7 @@ class TrainStep:
         accumulate_steps: int | Literal["auto"] = 1,
         global_batch: int | None = None,
         compress: str | None = None,
+        precision: Precision = None,
     ) -> None:
         if recompile not in ("error", "allow"):
             raise ValueError(f"`recompile` is 'error' or 'allow', not {recompile!r}")
@@ -155,6 +164,7 @@ class TrainStep:
         self.global_batch = global_batch
         check_compress(compress)
         self.compress = compress
+        self.precision = policy_of(precision)
         self._first_batch: tuple[dict[str, str], Any] | None = None
         self._known_batches: set[tuple[Any, ...]] = set()
         self._fresh = True
@@ -212,7 +222,8 @@ class TrainStep:
         assert attempt.version is not None
         exact = attempt.version.planner.unconstrained.program
         microbatch = jax.tree.map(lambda leaf: leaf[:: attempt.accumulate_steps], batch)
-        rest = (state.model_state, microbatch, jax.random.fold_in(state.rng, state.step))
+        rng = jax.random.fold_in(state.rng, state.step)
+        rest = (self._beside_params(state), microbatch, rng)
         return gradient_distance(exact, attempt.modelled.program, state.params, rest)
 
     def compile(self, state: TrainState, batch: Any, target: Any = None) -> Any:
@@ -246,7 +257,7 @@ class TrainStep:
             default_budget=device.memory_bytes,
         )
         # A program reads parameters, model_state and a microbatch, in this order.
-        first = len(jax.tree.leaves((state.params, state.model_state)))
+        first = len(jax.tree.leaves((state.params, self._beside_params(state))))
 
         def build(program: ClosedJaxpr) -> Callable[..., Any]:
             microbatch: Any = program.in_avals[first]
@@ -258,7 +269,7 @@ class TrainStep:
         self, count: int, state: TrainState, batch: Any, target: Any
     ) -> tuple[Search, Callable[..., Callable[..., Any]]]:
         def loss_of(params: Any, rest: Any) -> Any:
-            return _checked(self.loss_fn)(params, *rest)
+            return self._differentiated()(params, *rest)
 
         if count > 1:
             microbatch = resized(batch, require_divisible(batch, count) // count)
@@ -268,17 +279,18 @@ class TrainStep:
         gradient = Gradient(
             loss_of,
             state.params,
-            (state.model_state, microbatch, rng),
+            (self._beside_params(state), microbatch, rng),
             target,
             self.passes,
             self.compress,
+            self.precision,
         )
 
         def build(program: ClosedJaxpr) -> Callable[..., Any]:
             def value_and_grad(params: Any, *rest: Any) -> Any:
                 return gradient.evaluate(program, params, rest)
 
-            return self._build(accumulated(value_and_grad, self.loss_fn, count), target)
+            return self._build(accumulated(value_and_grad, self._differentiated(), count), target)
 
         def compiled(program: ClosedJaxpr) -> Any:
             return self._compiled(build(program), state, batch, target)
@@ -318,22 +330,47 @@ class TrainStep:
         return self._jitted._cache_size()
 
     def _value_and_grad(self) -> Callable[..., Any]:
-        value_and_grad = gradient_of(_checked(self.loss_fn), self.passes, self.target)
+        loss_fn = self._differentiated()
+        value_and_grad = gradient_of(loss_fn, self.passes, self.target, self.precision)
         if self.accumulate_steps == "auto":  # decided elsewhere; here, the batch at once
             return value_and_grad
-        return accumulated(value_and_grad, self.loss_fn, self.accumulate_steps)
+        return accumulated(value_and_grad, loss_fn, self.accumulate_steps)
+
+    def _differentiated(self) -> LossFn:
+        """The loss as it is differentiated: checked, and scaled where the precision needs it."""
+        loss_fn = _checked(self.loss_fn)
+        return scaled(loss_fn) if self.precision.scales_loss else loss_fn
+
+    def _beside_params(self, state: TrainState) -> Any:
+        """What the differentiated loss takes as `model_state`."""
+        if not self.precision.scales_loss:
+            return state.model_state
+        if state.loss_scale is None:
+            raise FastGPUError(
+                "a step in 'fp16-mixed' scales its loss, and the state has no scale",
+                expected="a state with a `loss_scale`",
+                got="loss_scale=None",
+                fix="create it with TrainState.create(variables, tx, rng=..., "
+                "precision='fp16-mixed')",
+            )
+        return state.model_state, state.loss_scale.scale
 
     def _build(
         self, value_and_grad: Callable[..., Any], target: Any = None
     ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]:
         optimizer = optax.with_extra_args_support(self.optimizer)
+        scales = self.precision.scales_loss
+        if scales:
+            value_and_grad = unscaled(value_and_grad)
 
         def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
             self._require_examples(batch)
             rng = jax.random.fold_in(state.rng, state.step)
             (loss, (model_state, metrics)), grads = value_and_grad(
-                state.params, state.model_state, batch, rng
+                state.params, self._beside_params(state), batch, rng
             )
+            if scales:
+                model_state, _ = model_state
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params, value=loss)
             after = state.replace(
                 step=state.step + 1,
@@ -342,11 +379,14 @@ class TrainStep:
                 opt_state=opt_state,
             )
             after = strong(after)
+            if scales:
+                after, metrics = _unless_overflown(state, after, grads, metrics)
             _require_same_state(state, after)
             return after, {**metrics, "loss": loss}
 
         passes = whole_step(self.passes, target)
-        return optimize(train_step, passes, target) if passes else train_step
+        # The loss has its precision already.
+        return optimize(train_step, passes, target, precision={}) if passes else train_step
 
     def _check_batch(self, batch: Any, leaves: list[Any], tree: Any) -> None:
         # Shapes and dtypes as they stand, so that the check of an equal batch costs microseconds.
@@ -370,6 +410,17 @@ class TrainStep:
             require_global_batch(batch, self.global_batch)
         if self.accumulate_steps != "auto" and self.accumulate_steps > 1:
             require_divisible(batch, self.accumulate_steps)
+
+
+def _unless_overflown(
+    state: TrainState, after: TrainState, grads: Any, metrics: dict[str, Any]
+) -> tuple[TrainState, dict[str, Any]]:
+    """`after` if the gradients are finite, else `state` one step on; with the next loss scale."""
+    assert state.loss_scale is not None
+    finite = all_finite(grads)
+    kept = chosen(finite, after.replace(step=state.step), state).replace(step=after.step)
+    metrics = {**metrics, "loss_scale": state.loss_scale.scale}
+    return kept.replace(loss_scale=state.loss_scale.after(finite)), metrics
 
 
 def _shardings(tree: Any) -> tuple[Any, ...]:

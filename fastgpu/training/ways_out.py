@@ -80,7 +80,15 @@ def _part_that_scales(
         return step.loss_fn(params, *rest)
 
     rest = (state.model_state, resized(batch, examples), rng)
-    small = Gradient(loss_of, state.params, rest, gradient.target, step.passes, step.compress)
+    small = Gradient(
+        loss_of,
+        state.params,
+        rest,
+        gradient.target,
+        step.passes,
+        step.compress,
+        step.precision,
+    )
     return max(0.0, 1 - small.planner.unconstrained.peak / whole) if whole else 0.0
 
 

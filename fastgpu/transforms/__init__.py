@@ -12,7 +12,8 @@ True
 
 import difflib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,7 @@ from fastgpu.transforms.dataflow.in_place import update_in_place
 from fastgpu.transforms.dead_code import remove_dead_code
 from fastgpu.transforms.inline import inline_calls
 from fastgpu.transforms.pipeline import Context, Pass, PassReport, run_passes
+from fastgpu.transforms.precision import Policy, in_precision, policy_of
 
 __all__ = [
     "DEFAULT_PASSES",
@@ -142,6 +144,12 @@ DEFAULT_PASSES: tuple[Pass, ...] = (
 )
 
 
+# What `precision=` of a transform is: a name, names for scopes, or what `configure` set.
+Precision = str | Mapping[str, str] | Policy | None
+# These leave the program shorter and its numbers alone; precision is settled right after them.
+_STRUCTURAL = ("inline", "cse", "fold")
+
+
 def without(*names: str) -> tuple[Pass, ...]:
     """The default passes less those named.
 
@@ -192,6 +200,7 @@ def optimize(
     fn: Callable[..., Any],
     passes: str | Sequence[Pass | str] = "default",
     target: str | Device | Target | None = None,
+    precision: Precision = None,
 ) -> Callable[..., Any]:
     """`fn` with its jaxpr rewritten by `passes` for `target`: the same results, computed faster.
 
@@ -201,19 +210,29 @@ def optimize(
     those of `fn`, and each is optimized too. `target` is a name from `fastgpu.hardware.DEVICES`;
     by default it is what JAX runs on.
 
+    `precision` is "bf16-mixed" or "fp16-mixed" (products and the activations between them in 16
+    bits, what has to be exact in float32; inputs, outputs and gradients keep their dtypes),
+    "float32" or "tf32" (how float32 products are computed, where `fn` does not say), "default" (as
+    the device likes), or a dict from scopes to these, `{"*": "bf16-mixed", "head": "float32"}`, of
+    which the last that matches holds. Scopes are Flax modules' names and `jax.named_scope`. `None`
+    is what `fastgpu.configure` set, `{}` leaves all products as they are. See docs/training.md.
+
     Raises `TraceError` when an output of `fn` is not an array, `ConfigurationError` for an unknown
-    pass or target.
+    pass, target or precision, or a scope that is not in the program.
 
     >>> import jax, jax.numpy as jnp
     >>> fast = optimize(lambda x: {"y": jnp.sin(x) ** 2})
     >>> bool(jnp.allclose(jax.grad(lambda x: fast(x)["y"])(1.0), jnp.sin(2.0)))
     True
     """
-    steps = resolve_passes(passes)
+    steps, policy = resolve_passes(passes), policy_of(precision)
 
     @functools.partial(jax.jit, static_argnums=0, inline=True)
     def run(constants: _Constants, leaves: list[Any]) -> Any:
-        flat = optimized_trace(lambda *leaves: constants.call(fn, leaves), leaves, steps, target)
+        def call(*leaves: Any) -> Any:
+            return constants.call(fn, leaves)
+
+        flat = optimized_trace(call, leaves, steps, target, policy)
         return flat.as_fun()(*leaves)
 
     @functools.wraps(fn)
@@ -228,11 +247,40 @@ def optimized_trace(
     args: Sequence[Any],
     passes: str | Sequence[Pass | str],
     target: str | Device | Target | None,
+    precision: Precision = None,
 ) -> ir.Traced:
     """`fn(*args)` traced, and rewritten by `passes` for `target`: what `optimize` runs."""
-    traced = ir.trace(fn, *args)
-    closed, _ = _run(traced.closed_jaxpr, resolve_passes(passes), target)
+    policy = policy_of(precision)
+    with _unhindered(policy):
+        traced = ir.trace(fn, *args)
+        closed, _ = _run(traced.closed_jaxpr, with_precision(passes, policy), target)
     return traced.with_jaxpr(closed)
+
+
+def with_precision(passes: str | Sequence[Pass | str], precision: Precision) -> tuple[Pass, ...]:
+    """`passes` with the one that computes products as `precision` says, if there is any to say.
+
+    >>> [step.name for step in with_precision(["inline", "dce"], "bf16-mixed")]
+    ['inline', 'precision', 'dce']
+    """
+    steps, policy = resolve_passes(passes), policy_of(precision)
+    if not policy.rules:
+        return steps
+    names = ", ".join(f"{pattern}: {name}" for pattern, name in policy.rules)
+    step = Pass(
+        "precision",
+        "forward",
+        lambda closed, context: in_precision(closed, policy),
+        f"products and the activations between them in another precision ({names})",
+        exact=False,
+    )
+    place = next((i for i, s in enumerate(steps) if s.name not in _STRUCTURAL), len(steps))
+    return (*steps[:place], step, *steps[place:])
+
+
+def _unhindered(policy: Policy) -> Any:
+    """A context in which products that ask for no precision show none of `configure`'s."""
+    return jax.default_matmul_precision(None) if policy.rules else nullcontext()  # pyright: ignore[reportArgumentType]
 
 
 def inspect(
@@ -240,6 +288,7 @@ def inspect(
     *args: Any,
     passes: str | Sequence[Pass | str] = "default",
     target: str | Device | Target | None = None,
+    precision: Precision = None,
     **kwargs: Any,
 ) -> "Inspection":
     """What `optimize` does to `fn` on these arguments: arrays or `jax.ShapeDtypeStruct`.
@@ -250,8 +299,10 @@ def inspect(
     [(3, 2)]
     """
     constants, leaves = _split(args, kwargs)
-    traced = ir.trace(lambda *leaves: constants.call(fn, leaves), *leaves)
-    after, reports = _run(traced.closed_jaxpr, resolve_passes(passes), target)
+    policy = policy_of(precision)
+    with _unhindered(policy):
+        traced = ir.trace(lambda *leaves: constants.call(fn, leaves), *leaves)
+        after, reports = _run(traced.closed_jaxpr, with_precision(passes, policy), target)
     return Inspection(traced.closed_jaxpr, after, tuple(reports))
 
 

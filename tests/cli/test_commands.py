@@ -129,6 +129,7 @@ def test_a_failure_is_one_clear_line_and_an_exit_code(folder: Path) -> None:
         ("inspect", "mlp"): "add --shape",
         ("inspect", "mlp", "--shape", "4,x"): "sizes like 28,28,1",
         ("inspect", "mlp", "--shape", "4", "--set", "depth"): "--set NAME=VALUE",
+        ("plan", "mlp", "--shape", "4", "--precision", "bf17"): "'bf16-mixed'",
         ("train", "model.keras", "model.keras", "--out", "r"): "cannot be read",
         ("train", "model.keras", "data.npz", "--out", "r", "--optimizer", "x"): "adamw, sgd",
         ("train", "model.keras", "data.npz", "--out", "data.npz"): "give another --out",
@@ -178,7 +179,7 @@ def test_train_leaves_a_run_that_can_be_resumed_and_exported(folder: Path) -> No
 def test_a_native_model_is_trained_and_measured(folder: Path) -> None:
     model = ("mlp", "data.npz", "--set", "num_classes=3")
     trained, measured, other = in_one_process(
-        ("train", *model, "--out", "native", "--epochs", 1),
+        ("train", *model, "--out", "native", "--epochs", 1, "--precision", "fp16-mixed"),
         ("benchmark", *model, "--rounds", 1, "--steps", 1, "--json"),
         ("export", "mlp", "o", "--set", "num_classes=4", "--run", "native"),
         cwd=folder,

@@ -56,7 +56,7 @@ def test_what_is_asked_for_is_in_force_and_printed(tmp_path: Path) -> None:
     result = run(
         """
 import json, os
-import jax, jaxlib.xla_client
+import jax, jaxlib.xla_client, optax
 import fastgpu as fgpu
 c = fgpu.configure(device="cpu", precision="float32", preallocate=False, memory_fraction=0.5,
                    deterministic=True, seed=7, log_level="error")
@@ -74,6 +74,22 @@ again = fgpu.configure(device="cpu", precision="tf32", deterministic=True, seed=
 assert (again.preallocate, again.precision, again.seed, again.cache_dir) == (False, "tf32", 8, None)
 dot = jax.make_jaxpr(lambda x: x @ x)(jax.numpy.ones((2, 2))).eqns[0]
 assert dot.params["precision"] == (jax.lax.Precision.HIGH,) * 2
+
+def product(**settings):
+    closed = jax.make_jaxpr(fgpu.optimize(lambda x: x @ x, **settings))(jax.numpy.ones((2, 2)))
+    (dot,) = (eqn for eqn in fgpu.ir.walk(closed) if eqn.primitive.name == "dot_general")
+    return dot.invars[0].aval.dtype.name, dot.params["precision"]
+
+exact, low = (jax.lax.Precision.HIGHEST,) * 2, (jax.lax.Precision.DEFAULT,) * 2
+assert product() == ("float32", (jax.lax.Precision.HIGH,) * 2)
+assert product(precision="float32") == ("float32", exact)
+assert product(precision="bf16-mixed") == ("bfloat16", low)
+fgpu.configure(precision="fp16-mixed", deterministic=True, cache=False, quiet=True)
+assert product() == ("float16", low)
+assert product(precision="default") == ("float32", low)
+assert product(precision={}) == ("float32", None)
+state = fgpu.TrainState.create({"params": jax.numpy.ones(2)}, optax.sgd(1.0), rng=0)
+assert state.loss_scale is not None
 """,
         tmp_path,
         XLA_FLAGS="--xla_cpu_enable_fast_math=false",
@@ -208,7 +224,7 @@ def test_the_oldest_programs_are_deleted_beyond_the_limit(tmp_path: Path) -> Non
     [
         ({"device": "gpu:x"}, "'cuda:N'"),
         ({"precision": "float8"}, "'default', 'float32', 'tf32', 'bfloat16'"),
-        ({"precision": "mixed_bfloat16"}, "'default', 'float32', 'tf32', 'bfloat16'"),
+        ({"precision": "mixed_bfloat16"}, "'tf32', 'bfloat16', 'bf16-mixed', 'fp16-mixed'"),
         ({"memory_fraction": 90}, r"\(0, 1\]"),
         ({"log_level": "loud"}, "'warning'"),
         ({"seed": -1}, "an int in"),

@@ -25,14 +25,30 @@ def primitives(closed):
         lambda x: _custom_jvp_sin(x),
         lambda x: _custom_vjp_sin(x),
         lambda x: jax.jit(lambda y: lax.map(jax.checkpoint(jnp.sin), y))(x),
+        lambda x: _summed_over_devices(x),
     ],
-    ids=["jit", "scan", "while", "cond", "checkpoint", "custom_jvp", "custom_vjp", "nested"],
+    ids=[
+        *("jit", "scan", "while", "cond", "checkpoint", "custom_jvp", "custom_vjp", "nested"),
+        "shard_map",
+    ],
 )
 def test_rules_reach_every_nested_program(fn):
     closed = jax.make_jaxpr(fn)(jnp.ones(3))
     rewritten = ir.rewrite(closed, SIN_TO_COS)
     assert "sin" in primitives(closed) and "sin" not in primitives(rewritten)
     assert primitives(closed).count("sin") == primitives(rewritten).count("cos")
+
+
+def _summed_over_devices(x):
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("i")
+    return jax.shard_map(
+        lambda x: lax.psum(jnp.sin(x), "i"),
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=spec,
+        check_vma=False,
+    )(x)
 
 
 @jax.custom_jvp

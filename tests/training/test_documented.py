@@ -10,7 +10,7 @@ def test_the_programs_in_the_guide_run(capsys):
     namespace = {"__name__": "guide"}
     for block in blocks:
         exec(block, namespace)
-    assert len(blocks) == 4
+    assert len(blocks) == 7
     assert namespace["scores"]["accuracy"] > 0.6
     assert namespace["logits"].shape == (256, 3)
     moments = namespace["small"].opt_state.inner_state[0]

@@ -9,6 +9,7 @@ from fastgpu.cli.options import (
     BatchSize,
     Device,
     Model,
+    Precision,
     Settings,
     parse_settings,
     parse_shape,
@@ -21,6 +22,7 @@ def inspect(
     batch_size: BatchSize = 1,
     shape: Annotated[str | None, typer.Option(help="Shape of one example: 224,224,3.")] = None,
     target: Annotated[str | None, typer.Option(help="Device to optimize for: cpu, h100.")] = None,
+    precision: Precision = "default",
     disable: Annotated[
         list[str] | None, typer.Option(metavar="PASS", help="Leave a pass out; may be repeated.")
     ] = None,
@@ -52,7 +54,7 @@ def inspect(
     from fastgpu import ir
     from fastgpu.cli.model import load_model
 
-    fgpu.configure(device, quiet=True)
+    fgpu.configure(device, precision=precision, quiet=True)  # pyright: ignore[reportArgumentType]
     passes = fgpu.transforms.without(*disable) if disable else "default"
     example = np.zeros((1, *parse_shape(shape)), np.float32) if shape else None
     module, variables, inputs = load_model(model, parse_settings(settings), example)

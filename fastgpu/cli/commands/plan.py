@@ -11,6 +11,7 @@ from fastgpu.cli.options import (
     BatchSize,
     Loss,
     Model,
+    Precision,
     Settings,
     parse_settings,
     parse_shape,
@@ -34,6 +35,7 @@ def plan(
     compress: Annotated[
         str | None, typer.Option(help="Values may wait in fewer bits: int8 or bfloat16.")
     ] = None,
+    precision: Precision = "default",
     tokens: Annotated[bool, typer.Option("--tokens", help="Inputs are token numbers.")] = False,
     labels: Annotated[
         str | None,
@@ -64,7 +66,7 @@ def plan(
     from fastgpu.compile import absent_mesh
     from fastgpu.training import gather_params, shard_fsdp
 
-    fgpu.configure("cpu", quiet=True)
+    fgpu.configure("cpu", precision=precision, quiet=True)  # pyright: ignore[reportArgumentType]
     kind = np.int32 if tokens else np.float32
     example = np.zeros((1, *parse_shape(shape)), kind) if shape else None
     module, variables, inputs = load_model(model, parse_settings(settings), example)

@@ -13,6 +13,7 @@ from fastgpu.cli.options import (
     Device,
     Loss,
     Model,
+    Precision,
     Settings,
     parse_settings,
     show,
@@ -29,6 +30,7 @@ def train(
     weight_decay: Annotated[float, typer.Option(min=0.0)] = 1e-4,
     optimizer: Annotated[str, typer.Option(help="adamw or sgd.")] = "adamw",
     loss: Loss = CROSS_ENTROPY,
+    precision: Precision = "default",
     eval_data: Annotated[Path | None, typer.Option(help="Evaluated after each epoch.")] = None,
     seed: int = 0,
     settings: Settings = None,
@@ -57,8 +59,9 @@ def train(
         "loss": loss,
         "eval_data": eval_data and str(eval_data),
         "seed": seed,
+        "precision": precision,
     }
-    configuration = fgpu.configure(device, seed=seed, quiet=True)
+    configuration = fgpu.configure(device, precision=precision, seed=seed, quiet=True)  # pyright: ignore[reportArgumentType]
     tx = make_optimizer(optimizer, learning_rate, weight_decay)
     arrays = load_data(data)
     held_out = load_data(eval_data) if eval_data else None

@@ -52,11 +52,20 @@ def element_type(number: int, where: str) -> np.dtype[Any]:
     """
     if number not in ELEMENT_TYPES:
         raise UnsupportedLayerError(
-            f"{where} holds {_NAMES.get(number, f'elements of type {number}')}",
+            f"{where} holds {type_name(number)}",
             expected=", ".join(str(dtype) for dtype in ELEMENT_TYPES.values()),
             fix="do this part of the work outside the model",
         )
     return ELEMENT_TYPES[number]
+
+
+def type_name(number: int) -> str:
+    """What a type that is not among `ELEMENT_TYPES` is called.
+
+    >>> type_name(26)
+    'INT2'
+    """
+    return _NAMES.get(number, f"the type {number}")
 
 
 def in_use(dtype: Any, xp: ModuleType) -> np.dtype[Any]:
@@ -94,6 +103,9 @@ def as_jax(value: Any, where: str) -> jax.Array:
     """
     if isinstance(value, jax.Array):
         return value
+    if value is None or isinstance(value, tuple | list):
+        kind = "an absent value" if value is None else "a sequence"
+        raise UnsupportedLayerError(f"{where} is {kind}", expected="an array")
     value = np.asarray(value)
     dtype = in_use(value.dtype, jnp)
     if dtype != value.dtype and is_integer(dtype) and value.size:

@@ -72,6 +72,9 @@ class Graph:
     initializers: frozenset[str] = frozenset()
     slots: dict[str, Slot] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Graph({len(self.nodes)} nodes, {', '.join(self.inputs)} -> {', '.join(self.outputs)})"
+
     def keeps_condition(self) -> bool:
         """Whether a loop's body gives back its condition as it came, or always true."""
         name = self.outputs[0]

@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 
 from fastgpu.errors import FileError, UnsupportedLayerError, require
-from fastgpu.importers.onnx.dtypes import element_type
+from fastgpu.importers.onnx.dtypes import ELEMENT_TYPES, element_type, type_name
 from fastgpu.importers.onnx.graph import Graph, Input, Node
 from fastgpu.importers.onnx.operators import Rule, find
 from fastgpu.importers.onnx.tensors import ExternalData, read_tensor
 
-OLDEST_OPSET, NEWEST_OPSET = 7, 28
+OLDEST_OPSET, NEWEST_OPSET = 6, 28
 _MOST_NODES = 500_000
 _DEEPEST = 24
 _STANDARD = ("", "ai.onnx")
+# Attributes that are element types.
+_TYPES = {"to", "dtype", "output_dtype", "output_datatype", "precision", "softmax_precision"}
 # Attributes of AttributeProto by its type; tensors, graphs and the rest are read by themselves.
 _PLAIN = {1: "f", 2: "i", 6: "floats", 7: "ints"}
 
@@ -153,6 +155,11 @@ class Parser:
         missing = sorted(rule.needed - set(attributes))
         if missing:
             raise FileError(f"{rule.operator} {name!r} has no {', '.join(missing)}")
+        for attribute in _TYPES & set(attributes):
+            if attributes[attribute] not in (0, *ELEMENT_TYPES):
+                self._refuse(
+                    f"{rule.operator} to {type_name(attributes[attribute])}", "no such type in JAX"
+                )
         given = len(proto.input)
         if given < rule.required or (given > len(rule.inputs) and not rule.variadic):
             raise FileError(

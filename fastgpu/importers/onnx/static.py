@@ -38,12 +38,16 @@ class Static:
         if wanted and node.operator not in _SHAPES_ONLY:
             needs += node.inputs
         for graph in node.subgraphs():
-            needs += self._subgraph(node, graph, bool(wanted))
+            collected = node.operator == "Loop" and len(graph.outputs) > len(graph.inputs) - 1
+            # arrays collected by step are as long as the loop: its number of steps is a shape
+            needs += node.inputs[:2] if collected else ()
+            needs += self._subgraph(node, graph, bool(wanted), collected)
         return needs
 
-    def _subgraph(self, node: Node, graph: Graph, wanted: bool) -> list[str]:
+    def _subgraph(self, node: Node, graph: Graph, wanted: bool, counted: bool) -> list[str]:
         """What a subgraph needs of its node's inputs, and of the names around it."""
         outputs = set(range(len(graph.outputs))) if wanted else set()
+        outputs |= {0} if counted and not graph.keeps_condition() else set()
         while True:
             inner = self._walk(graph, outputs)
             needed = [i for i, name in enumerate(graph.inputs) if name in inner]

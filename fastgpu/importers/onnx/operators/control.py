@@ -135,7 +135,7 @@ def _while(
 
 @operator("Scan")
 def batched_scan(
-    lengths: jax.Array | None,
+    lengths: jax.Array | None = None,
     *inputs: jax.Array,
     body: Any,
     num_scan_inputs: int,

@@ -14,9 +14,8 @@ from fastgpu.importers.onnx.operators.windows import AUTO_PADS, per_axis, window
 
 
 def _numbers(rank: int) -> jax.lax.ConvDimensionNumbers:
-    shape = (1,) * (rank + 2)
     every = tuple(range(rank + 2))
-    return jax.lax.conv_dimension_numbers(shape, shape, (every, every, every))
+    return jax.lax.ConvDimensionNumbers(every, every, every)
 
 
 def _along_channels(b: jax.Array, rank: int) -> jax.Array:

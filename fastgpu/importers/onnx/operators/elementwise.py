@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fastgpu.errors import UnsupportedLayerError
 from fastgpu.importers.onnx.dtypes import ELEMENT_TYPES, in_use, is_float, is_integer
 from fastgpu.importers.onnx.operators.operator import one_of, operator
 
@@ -193,6 +194,8 @@ def cast_to(x: Any, dtype: np.dtype[Any], saturate: bool, xp: ModuleType) -> Any
         most = float(jnp.finfo(dtype).max)
         if saturate:
             x = xp.clip(x, -most, most)
+    if dtype.name in ("int4", "uint4") and is_float(x.dtype):
+        x = x.astype("int32")  # what does not fit loses its upper bits, as in every other cast
     return x.astype(dtype)
 
 
@@ -201,8 +204,6 @@ def cast(
     x: Any, *, to: int, saturate: int = 1, round_mode: str = "up", xp: ModuleType
 ) -> Any:
     """Another element type."""
-    if to not in ELEMENT_TYPES:
-        raise ValueError(f"to={to} is no element type that JAX has")
     return cast_to(x, ELEMENT_TYPES[to], bool(saturate), xp)
 
 
@@ -218,6 +219,12 @@ def cast_like(
 def bit_cast(x: Any, *, to: int, xp: ModuleType) -> Any:
     """The same bits read as another type of the same width."""
     dtype = in_use(ELEMENT_TYPES[to], xp)
+    if dtype != ELEMENT_TYPES[to]:
+        raise UnsupportedLayerError(
+            f"the bits of {ELEMENT_TYPES[to]}",
+            expected="64-bit numbers in JAX",
+            fix="jax.config.update('jax_enable_x64', True)",
+        )
     if dtype.itemsize != x.dtype.itemsize:
         raise ValueError(f"{x.dtype} and {dtype} differ in width")
     if xp is np:

@@ -87,9 +87,7 @@ def _fixed(constants: Mapping[str, Any], graph: Any) -> dict[str, np.ndarray]:
     """Fixed inputs as arrays of the types that the file declares."""
     dtypes = {value.name: read_input(value).dtype for value in graph.input}
     try:
-        return {
-            name: np.asarray(value, dtypes.get(name)) for name, value in constants.items()
-        }
+        return {name: np.asarray(value, dtypes.get(name)) for name, value in constants.items()}
     except (TypeError, ValueError) as error:
         raise FileError("constants={...} holds no array", got=str(error)) from error
 

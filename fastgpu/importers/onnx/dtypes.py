@@ -96,7 +96,7 @@ def is_integer(dtype: Any) -> bool:
 
 
 def as_jax(value: Any, where: str) -> jax.Array:
-    """A value on the device. Integers that do not fit the 32 bits of JAX are refused.
+    """A value on the device. Numbers that do not fit the 32 bits of JAX are refused.
 
     >>> as_jax(np.array([1, 2]), "x").dtype
     dtype('int32')
@@ -117,7 +117,15 @@ def as_jax(value: Any, where: str) -> jax.Array:
                 got=f"{value.min()} to {value.max()}",
                 fix="jax.config.update('jax_enable_x64', True) gives JAX 64 bits",
             )
-    return jnp.asarray(value, dtype)
+    with np.errstate(over="ignore"):
+        narrow = value.astype(dtype, copy=False)
+    if value.dtype == np.float64 and np.any(np.isinf(narrow) & np.isfinite(value)):
+        raise UnsupportedLayerError(
+            f"{where} has numbers beyond float32",
+            got=str(np.abs(value).max()),
+            fix="jax.config.update('jax_enable_x64', True) gives JAX 64 bits",
+        )
+    return jnp.asarray(narrow)
 
 
 def checked_shape(shape: Any, what: str) -> tuple[int, ...]:

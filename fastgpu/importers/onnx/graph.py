@@ -73,7 +73,9 @@ class Graph:
     slots: dict[str, Slot] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return f"Graph({len(self.nodes)} nodes, {', '.join(self.inputs)} -> {', '.join(self.outputs)})"
+        return (
+            f"Graph({len(self.nodes)} nodes, {', '.join(self.inputs)} -> {', '.join(self.outputs)})"
+        )
 
     def keeps_condition(self) -> bool:
         """Whether a loop's body gives back its condition as it came, or always true."""

@@ -70,7 +70,7 @@ class Parser:
         opsets: Mapping[str, int],
         fixed: Mapping[str, np.ndarray] | None = None,
     ) -> Graph:
-        """One graph. `scope` has the names of the graphs around; `values` a function's attributes."""
+        """One graph. `scope` has the names around it, `values` the attributes of a function."""
         self._check_depth(depth)
         if graph.sparse_initializer:
             self._refuse("sparse initializers", "store them as dense arrays")
@@ -176,7 +176,9 @@ class Parser:
         values: dict[str, Any] = {}
         defaults = list(function.attribute_proto)
         if schema is not None:
-            defaults += [a.default_value for a in schema.attributes.values() if a.default_value.name]
+            defaults += [
+                a.default_value for a in schema.attributes.values() if a.default_value.name
+            ]
         for default in defaults:
             values[default.name] = self._attribute(default, {}, {}, depth, opsets)
         values.update(attributes)
@@ -241,7 +243,9 @@ class Parser:
             return np.zeros((), np.float32)
 
     def _opsets(self, imports: Any) -> dict[str, int]:
-        found = {"" if entry.domain in _STANDARD else entry.domain: entry.version for entry in imports}
+        found = {
+            "" if entry.domain in _STANDARD else entry.domain: entry.version for entry in imports
+        }
         version = found.get("", OLDEST_OPSET)
         if not OLDEST_OPSET <= version <= NEWEST_OPSET:
             raise UnsupportedLayerError(
@@ -300,7 +304,8 @@ def _in_order(protos: Any, visible: Mapping[str, None], source: str) -> list[Any
         unknown = [n for n in proto.input if n not in done and n not in producer]
         if unknown:
             raise FileError(
-                f"{source}: {proto.op_type} {proto.name!r} reads {unknown[0]!r}, which nothing computes"
+                f"{source}: nothing computes {unknown[0]!r}, which "
+                f"{proto.op_type} {proto.name!r} reads"
             )
         missing[i] = len(names)
         for name in names:

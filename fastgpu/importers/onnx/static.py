@@ -31,7 +31,9 @@ class Static:
     def _needs(self, node: Node, wanted: list[int]) -> Iterable[str]:
         if node.function is not None:
             inner = self._walk(node.function, wanted)
-            return [a for a, b in zip(node.inputs, node.function.inputs, strict=False) if b in inner]
+            return [
+                a for a, b in zip(node.inputs, node.function.inputs, strict=False) if b in inner
+            ]
         needs = []
         if node.rule is not None:
             needs += [name for i, name in enumerate(node.inputs) if node.rule.is_static(i)]

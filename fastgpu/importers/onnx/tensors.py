@@ -15,7 +15,13 @@ from fastgpu.importers.onnx.dtypes import element_type
 _FOUR_BITS = (21, 22, 23)
 _LARGEST_RANK = 32
 # Fields of TensorProto that hold single elements, by element type; the rest is in int32_data.
-_FIELDS = {1: "float_data", 7: "int64_data", 11: "double_data", 12: "uint64_data", 13: "uint64_data"}
+_FIELDS = {
+    1: "float_data",
+    7: "int64_data",
+    11: "double_data",
+    12: "uint64_data",
+    13: "uint64_data",
+}
 _COMPLEX = {14: "float_data", 15: "double_data"}
 
 
@@ -50,7 +56,9 @@ class ExternalData:
             file.seek(offset)
             data = file.read(size)
         if len(data) != size:
-            raise FileError(f"{where} ended early", expected=f"{size:,} bytes", got=f"{len(data):,}")
+            raise FileError(
+                f"{where} ended early", expected=f"{size:,} bytes", got=f"{len(data):,}"
+            )
         return data
 
     def _path(self, location: str, where: str) -> Path:
@@ -114,7 +122,9 @@ def _from_fields(
     stored = getattr(tensor, field)
     expected = count * 2 if kind in _COMPLEX else (count + 1) // 2 if four else count
     if len(stored) != expected:
-        raise _wrong_size(where, f"{expected:,} numbers for {dtype}{list(dims)}", f"{len(stored):,}")
+        raise _wrong_size(
+            where, f"{expected:,} numbers for {dtype}{list(dims)}", f"{len(stored):,}"
+        )
     helper = require("onnx.numpy_helper", "onnx")
     if four:
         halves = np.asarray(stored, np.int64).astype(np.uint8)

@@ -176,4 +176,3 @@ class Paths:
     def _taken(self, path: Path) -> bool:
         on_the_way = any(path[:i] in self.leaves for i in range(1, len(path)))
         return path in self.leaves or path in self.branches or on_the_way
-

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastgpu.errors import UnsupportedLayerError
 from fastgpu.importers.onnx.dtypes import ELEMENT_TYPES, in_use, is_float, is_integer
-from fastgpu.importers.onnx.operators.operator import one_of, operator
+from fastgpu.importers.onnx.operators.operator import axis_of, one_of, operator
 
 # Operators that numpy and jax.numpy have as a function of one or two arrays.
 _SHARED = {
@@ -69,8 +69,25 @@ def _binary(function: str) -> Callable[..., Any]:
     return lambda a, b, *, xp: getattr(xp, function)(a, b)
 
 
+def _along_axis(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Opset 6: the second array is broadcast only on demand, and from an axis of the first on."""
+
+    def placed(
+        a: Any, b: Any, *, axis: int | None = None, broadcast: int = 0, xp: ModuleType
+    ) -> Any:
+        if broadcast and axis is not None:
+            b = b.reshape(b.shape + (1,) * (a.ndim - axis_of(axis, a.ndim) - b.ndim))
+        return compute(a, b, xp=xp)
+
+    return placed
+
+
 for _name, _function in _SHARED.items():
-    operator(_name)((_unary if _name in _UNARY else _binary)(_function))
+    if _name in _UNARY:
+        operator(_name)(_unary(_function))
+    else:
+        operator(_name)(_along_axis(_binary(_function)))
+        operator(_name, since=7)(_binary(_function))
 
 # Activations that jax.nn and lax have under another name.
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -98,7 +115,7 @@ def identity(x: Any) -> Any:
     return (x,)
 
 
-@operator("Div")
+@operator("Div", since=7)
 def divide(a: Any, b: Any, *, xp: ModuleType) -> Any:
     """The quotient; of integers it is cut towards zero, as in C."""
     if not is_integer(a.dtype):
@@ -113,7 +130,7 @@ def modulo(a: Any, b: Any, *, fmod: int = 0, xp: ModuleType) -> Any:
     return xp.fmod(a, b) if fmod else xp.mod(a, b)
 
 
-@operator("Pow")
+@operator("Pow", since=7)
 def power(base: Any, exponent: Any, *, xp: ModuleType) -> Any:
     """A power in the type of the base."""
     if is_integer(base.dtype) and is_float(exponent.dtype):
@@ -121,6 +138,10 @@ def power(base: Any, exponent: Any, *, xp: ModuleType) -> Any:
     if is_integer(base.dtype):
         return xp.power(base, exponent.astype(base.dtype))
     return xp.power(base, exponent.astype(base.dtype))
+
+
+operator("Div")(_along_axis(divide))
+operator("Pow")(_along_axis(power))
 
 
 @operator("Reciprocal")
@@ -200,9 +221,7 @@ def cast_to(x: Any, dtype: np.dtype[Any], saturate: bool, xp: ModuleType) -> Any
 
 
 @operator("Cast")
-def cast(
-    x: Any, *, to: int, saturate: int = 1, round_mode: str = "up", xp: ModuleType
-) -> Any:
+def cast(x: Any, *, to: int, saturate: int = 1, round_mode: str = "up", xp: ModuleType) -> Any:
     """Another element type."""
     return cast_to(x, ELEMENT_TYPES[to], bool(saturate), xp)
 
@@ -263,6 +282,12 @@ def leaky_relu(x: jax.Array, *, alpha: float = 0.01) -> jax.Array:
 
 
 @operator("PRelu")
+def parametric_relu_by_channel(x: jax.Array, slope: jax.Array) -> jax.Array:
+    """Opset 6: one slope, or one for each channel."""
+    return parametric_relu(x, slope.reshape(-1, *(1,) * (x.ndim - 2)) if x.ndim > 1 else slope)
+
+
+@operator("PRelu", since=7)
 def parametric_relu(x: jax.Array, slope: jax.Array) -> jax.Array:
     """A trained slope where x is negative."""
     return jnp.where(x >= 0, x, x * slope)

@@ -52,7 +52,12 @@ def _write(target: Any, value: jax.Array, reduction: str) -> jax.Array:
 
 @operator("ScatterElements", "Scatter")
 def scatter_elements(
-    data: jax.Array, indices: jax.Array, updates: jax.Array, *, axis: int = 0, reduction: str = "none"
+    data: jax.Array,
+    indices: jax.Array,
+    updates: jax.Array,
+    *,
+    axis: int = 0,
+    reduction: str = "none",
 ) -> jax.Array:
     """Elements written by an index for each."""
     axis = axis_of(axis, data.ndim)
@@ -66,9 +71,7 @@ def scatter_nd(
     data: Any, indices: Any, updates: Any, *, reduction: str = "none", xp: ModuleType
 ) -> Any:
     """Slices written by a vector of indices each."""
-    places = tuple(
-        _counted(indices[..., i], data.shape[i], xp) for i in range(indices.shape[-1])
-    )
+    places = tuple(_counted(indices[..., i], data.shape[i], xp) for i in range(indices.shape[-1]))
     if xp is np and reduction == "none":
         data = data.copy()
         data[places] = updates
@@ -138,9 +141,7 @@ def nonzero(x: np.ndarray, *, xp: ModuleType) -> np.ndarray:
 
 
 @operator("Compress", static=("condition",))
-def compress(
-    x: Any, condition: np.ndarray, *, axis: int | None = None, xp: ModuleType
-) -> Any:
+def compress(x: Any, condition: np.ndarray, *, axis: int | None = None, xp: ModuleType) -> Any:
     """The slices at which a condition holds."""
     x, axis = (x.reshape(-1), 0) if axis is None else (x, axis_of(axis, x.ndim))
     return xp.take(x, np.flatnonzero(condition[: x.shape[axis]]), axis)

@@ -30,22 +30,22 @@ def batch_normalization(
     mean: jax.Array,
     var: jax.Array,
     *,
+    consumed_inputs: Sequence[int] | None = None,
     epsilon: float = 1e-5,
+    is_test: int = 0,
     momentum: float = 0.9,
     spatial: int = 1,
     training_mode: int = 0,
     call: Any,
 ) -> tuple[jax.Array, ...]:
-    """By moving statistics; by those of the batch in a training call.
-
-    Without a batch axis in the file's mind (`spatial=0`, opset 7 and 8) each position has its own.
-    """
+    """By moving statistics; by those of the batch in a training call, or if the file says so."""
     if not spatial:
         raise UnsupportedLayerError(
-            "spatial=0", expected="spatial=1", fix="export the model at opset 9 or newer"
+            "spatial=0: statistics for every position", fix="export the model at opset 9 or newer"
         )
     outputs, rank = len(call.outputs), x.ndim
     in_file = bool(training_mode) or (call.opset < 14 and outputs > 1)
+    in_file |= call.opset < 7 and not is_test
     running = (mean, var)
     if call.train or in_file:
         axes = tuple(axis for axis in range(rank) if axis != 1)
@@ -159,9 +159,7 @@ def local_response_normalization(
 
 
 @operator("MeanVarianceNormalization")
-def mean_variance_normalization(
-    x: jax.Array, *, axes: Sequence[int] = (0, 2, 3)
-) -> jax.Array:
+def mean_variance_normalization(x: jax.Array, *, axes: Sequence[int] = (0, 2, 3)) -> jax.Array:
     """To mean 0 and deviation 1 over some axes."""
     centred = x - jnp.mean(x, tuple(axes), keepdims=True)
     deviation = jnp.sqrt(jnp.mean(centred * centred, tuple(axes), keepdims=True))

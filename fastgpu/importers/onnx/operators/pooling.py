@@ -68,7 +68,9 @@ def max_pool(
     numbers = np.arange(np.prod(x.shape, dtype=np.int64)).reshape(x.shape)
     if storage_order:
         spatial = np.arange(np.prod(x.shape[2:], dtype=np.int64)).reshape(x.shape[2:], order="F")
-        first = numbers.reshape(*x.shape[:2], -1)[..., :1].reshape(*x.shape[:2], *(1,) * (x.ndim - 2))
+        first = numbers.reshape(*x.shape[:2], -1)[..., :1].reshape(
+            *x.shape[:2], *(1,) * (x.ndim - 2)
+        )
         numbers = first + spatial
     places = over.patches(jnp.asarray(numbers, in_use(np.int64, jnp)), 0)
     return values, jnp.take_along_axis(places, chosen[..., None], -1)[..., 0]

@@ -106,9 +106,7 @@ def _recur(
     batch_first = bool(options["layout"])
     x = x.swapaxes(0, 1) if batch_first else x
     state = jnp.zeros((directions, x.shape[1], hidden), x.dtype)
-    firsts = [
-        state if h is None else (h.swapaxes(0, 1) if batch_first else h) for h in initial
-    ]
+    firsts = [state if h is None else (h.swapaxes(0, 1) if batch_first else h) for h in initial]
     bias = jnp.zeros((directions, 2 * gates * hidden), x.dtype) if b is None else b
     names = options["activations"] or list(defaults) * directions
     functions = list(
@@ -149,11 +147,8 @@ def _gru_step(linear_before_reset: bool, cell: Cell, state: State, x: jax.Array)
     rz, rr, rh = jnp.split(cell.r, 3)
     bz, br, bh = jnp.split(rb, 3)
     z, reset = f(xz + h @ rz.T + bz), f(xr + h @ rr.T + br)
-    if linear_before_reset:
-        new = g(xh + reset * (h @ rh.T + bh))
-    else:
-        new = g(xh + (reset * h) @ rh.T + bh)
-    return ((1 - z) * new + z * h,)
+    from_h = reset * (h @ rh.T + bh) if linear_before_reset else (reset * h) @ rh.T + bh
+    return ((1 - z) * g(xh + from_h) + z * h,)
 
 
 def _lstm_step(input_forget: bool, cell: Cell, state: State, x: jax.Array) -> State:

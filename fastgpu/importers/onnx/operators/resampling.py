@@ -79,7 +79,11 @@ def resize(
     y = x
     outside: list[tuple[int, np.ndarray]] = []
     for i, (axis, factor, length) in enumerate(zip(chosen, factors, lengths, strict=True)):
-        part = (float(roi[i]), float(roi[len(lengths) + i])) if crop and roi is not None else (0.0, 1.0)
+        part = (
+            (float(roi[i]), float(roi[len(lengths) + i]))
+            if crop and roi is not None
+            else (0.0, 1.0)
+        )
         if factor == 1 and length == x.shape[axis] and part == (0.0, 1.0):
             continue
         at = _places(coordinate_transformation_mode, x.shape[axis], length, factor, part)
@@ -114,7 +118,7 @@ def _factors(
     old = [x.shape[axis] for axis in axes]
     if scales is not None and scales.size:
         factors = [float(factor) for factor in scales]
-        return factors, [int(math.floor(n * f)) for n, f in zip(old, factors, strict=True)]
+        return factors, [math.floor(n * f) for n, f in zip(old, factors, strict=True)]
     if sizes is None:
         raise ValueError("neither scales nor sizes")
     lengths = [int(size) for size in sizes]
@@ -126,9 +130,7 @@ def _factors(
     return [factor] * len(old), [int(factor * n + 0.5) for n in old]
 
 
-def _places(
-    how: str, old: int, new: int, factor: float, part: tuple[float, float]
-) -> np.ndarray:
+def _places(how: str, old: int, new: int, factor: float, part: tuple[float, float]) -> np.ndarray:
     """Where on the old axis each new element lies."""
     i = np.arange(new, dtype=np.float64)
     length = factor * old
@@ -328,9 +330,7 @@ def roi_align(
         start[:, i, None] + (jnp.arange(shape[i] * n) + 0.5) / n * size[:, i, None] / shape[i]
         for i in range(2)
     )
-    at = jnp.stack(
-        jnp.broadcast_arrays(ys[:, :, None], xs[:, None, :]), -1
-    )
+    at = jnp.stack(jnp.broadcast_arrays(ys[:, :, None], xs[:, None, :]), -1)
     sizes = jnp.asarray(x.shape[2:], at.dtype)
     inside = jnp.all((at >= -1) & (at <= sizes), -1)
     at = jnp.clip(at, 0, sizes - 1)
@@ -354,7 +354,9 @@ def _corners(
     for corner in itertools.product((0, 1), repeat=2):
         place = low + jnp.asarray(corner, at.dtype)
         weight = jnp.prod(1 - jnp.abs(at - place), -1)
-        y, x = (jnp.clip(place[..., i], 0, image.shape[1 + i] - 1).astype(jnp.int32) for i in (0, 1))
+        y, x = (
+            jnp.clip(place[..., i], 0, image.shape[1 + i] - 1).astype(jnp.int32) for i in (0, 1)
+        )
         value = jnp.where(inside, image[:, y, x] * weight, 0)
         best = value if best is None else jnp.maximum(best, value)
     assert best is not None

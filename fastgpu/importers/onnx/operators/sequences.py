@@ -89,7 +89,9 @@ def sequence_map(first: Any, *more: Any, body: Any, call: Any) -> Any:
     columns: list[list[Any]] = [[] for _ in body.outputs]
     for i, value in enumerate(first):
         rest = [other[i] if isinstance(other, tuple) else other for other in more]
-        for column, output in zip(columns, call.run(body, [value, *rest], iteration=i), strict=True):
+        for column, output in zip(
+            columns, call.run(body, [value, *rest], iteration=i), strict=True
+        ):
             column.append(output)
     return tuple(tuple(column) for column in columns)
 

@@ -176,9 +176,7 @@ def tile(x: Any, repeats: np.ndarray, *, xp: ModuleType) -> Any:
 
 
 @operator("ConstantOfShape", static=("shape",))
-def constant_of_shape(
-    shape: np.ndarray, *, value: np.ndarray | None = None, xp: ModuleType
-) -> Any:
+def constant_of_shape(shape: np.ndarray, *, value: np.ndarray | None = None, xp: ModuleType) -> Any:
     """An array of one value."""
     sizes = checked_shape(shape, "ConstantOfShape")
     value = np.zeros(1, np.float32) if value is None else value
@@ -241,7 +239,9 @@ def pad_array(x: Any, pads: Any, mode: str, value: Any, axes: Any, xp: ModuleTyp
     width = [(0, 0)] * x.ndim
     for axis, before, after in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True):
         width[axis] = (int(before), int(after))
-    checked_shape([n + max(a, 0) + max(b, 0) for n, (a, b) in zip(x.shape, width, strict=True)], "Pad")
+    checked_shape(
+        [n + max(a, 0) + max(b, 0) for n, (a, b) in zip(x.shape, width, strict=True)], "Pad"
+    )
     cuts = [
         slice(max(-before, 0), n - max(-after, 0))
         for n, (before, after) in zip(x.shape, width, strict=True)

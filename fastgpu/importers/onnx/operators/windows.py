@@ -105,9 +105,7 @@ def windows(
         padding.append((before, after))
         extra.append(max((count - 1) * stride + span - size - before - after, 0))
         outputs.append(count)
-    return Windows(
-        tuple(kernel), strides, dilations, tuple(padding), tuple(extra), tuple(outputs)
-    )
+    return Windows(tuple(kernel), strides, dilations, tuple(padding), tuple(extra), tuple(outputs))
 
 
 def per_axis(values: Sequence[int] | None, count: int, default: int) -> tuple[int, ...]:

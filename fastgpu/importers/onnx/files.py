@@ -48,6 +48,25 @@ def _bytes(path: Path) -> bytes:
     )
 
 
+def _check_text(model: Any, source: str) -> None:
+    """Refuse names that are no UTF-8: protobuf hands them out as bytes."""
+    waiting = [model]
+    while waiting:
+        for field, value in waiting.pop().ListFields():
+            if field.type not in (field.TYPE_STRING, field.TYPE_MESSAGE):
+                continue
+            single = isinstance(value, str | bytes) or hasattr(value, "ListFields")
+            each = [value] if single else value
+            if field.type == field.TYPE_MESSAGE:
+                waiting.extend(each)
+            elif any(isinstance(text, bytes) for text in each):
+                raise FileError(
+                    f"{source} is damaged: a name in it is not UTF-8",
+                    got=f"{field.full_name}: {value!r}"[:200],
+                    fix="copy the file again, or export the model again",
+                )
+
+
 def _parsed(data: bytes, source: str) -> Any:
     onnx = require("onnx", "onnx")
     message = require("google.protobuf.message", "onnx")
@@ -61,6 +80,7 @@ def _parsed(data: bytes, source: str) -> Any:
             got=f"{len(data):,} bytes that start with {data[:8]!r}",
             fix="export the model again, or copy the file again",
         ) from error
+    _check_text(model, source)
     if not model.HasField("graph") or not model.opset_import:
         raise FileError(
             f"{source} holds no ONNX model",

@@ -1,4 +1,4 @@
-"""Convolutions; images are (batch, channels, spatial...), kernels (out, in / groups, spatial...)."""
+"""Convolutions: images are (batch, channels, space...), kernels (out, in / groups, space...)."""
 
 import math
 from collections.abc import Sequence

@@ -14,51 +14,49 @@ from fastgpu.errors import UnsupportedLayerError
 from fastgpu.importers.onnx.dtypes import ELEMENT_TYPES, in_use, is_float, is_integer
 from fastgpu.importers.onnx.operators.operator import axis_of, one_of, operator
 
-# Operators that numpy and jax.numpy have as a function of one or two arrays.
-_SHARED = {
+# Operators that numpy and jax.numpy have as a function of one array, and of two.
+_UNARY = {
     "Abs": "abs",
-    "Add": "add",
-    "And": "logical_and",
-    "BitwiseAnd": "bitwise_and",
-    "BitwiseNot": "bitwise_not",
-    "BitwiseOr": "bitwise_or",
-    "BitwiseXor": "bitwise_xor",
-    "Ceil": "ceil",
-    "Equal": "equal",
-    "Exp": "exp",
-    "Floor": "floor",
-    "Greater": "greater",
-    "GreaterOrEqual": "greater_equal",
-    "IsNaN": "isnan",
-    "Less": "less",
-    "LessOrEqual": "less_equal",
-    "Log": "log",
-    "Mul": "multiply",
-    "Neg": "negative",
-    "Not": "logical_not",
-    "Or": "logical_or",
-    "Round": "round",
-    "Sign": "sign",
-    "Sqrt": "sqrt",
-    "Sub": "subtract",
-    "Tanh": "tanh",
-    "Xor": "logical_xor",
     "Acos": "arccos",
     "Acosh": "arccosh",
     "Asin": "arcsin",
     "Asinh": "arcsinh",
     "Atan": "arctan",
     "Atanh": "arctanh",
+    "BitwiseNot": "bitwise_not",
+    "Ceil": "ceil",
     "Cos": "cos",
     "Cosh": "cosh",
+    "Exp": "exp",
+    "Floor": "floor",
+    "IsNaN": "isnan",
+    "Log": "log",
+    "Neg": "negative",
+    "Not": "logical_not",
+    "Round": "round",
+    "Sign": "sign",
     "Sin": "sin",
     "Sinh": "sinh",
+    "Sqrt": "sqrt",
     "Tan": "tan",
+    "Tanh": "tanh",
 }
-_UNARY = frozenset(
-    "Abs BitwiseNot Ceil Exp Floor IsNaN Log Neg Not Round Sign Sqrt Tanh "
-    "Acos Acosh Asin Asinh Atan Atanh Cos Cosh Sin Sinh Tan".split()
-)
+_BINARY = {
+    "Add": "add",
+    "And": "logical_and",
+    "BitwiseAnd": "bitwise_and",
+    "BitwiseOr": "bitwise_or",
+    "BitwiseXor": "bitwise_xor",
+    "Equal": "equal",
+    "Greater": "greater",
+    "GreaterOrEqual": "greater_equal",
+    "Less": "less",
+    "LessOrEqual": "less_equal",
+    "Mul": "multiply",
+    "Or": "logical_or",
+    "Sub": "subtract",
+    "Xor": "logical_xor",
+}
 
 
 def _unary(function: str) -> Callable[..., Any]:
@@ -82,12 +80,11 @@ def _along_axis(compute: Callable[..., Any]) -> Callable[..., Any]:
     return placed
 
 
-for _name, _function in _SHARED.items():
-    if _name in _UNARY:
-        operator(_name)(_unary(_function))
-    else:
-        operator(_name)(_along_axis(_binary(_function)))
-        operator(_name, since=7)(_binary(_function))
+for _name, _function in _UNARY.items():
+    operator(_name)(_unary(_function))
+for _name, _function in _BINARY.items():
+    operator(_name)(_along_axis(_binary(_function)))
+    operator(_name, since=7)(_binary(_function))
 
 # Activations that jax.nn and lax have under another name.
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

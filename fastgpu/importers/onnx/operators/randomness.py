@@ -23,7 +23,7 @@ def _dropped(x: jax.Array, rate: float, active: bool, seed: Any, call: Any) -> t
 def dropout_by_attribute(
     x: jax.Array, *, is_test: int = 0, ratio: float = 0.5, call: Any
 ) -> tuple[Any, Any]:
-    """Opsets up to 11: drops in training calls, and in opset 6 if the file does not say otherwise."""
+    """Opsets up to 11: drops in training calls; in opset 6 always, unless the file says no."""
     always = call.opset < 7 and not is_test
     y, mask = _dropped(x, ratio, call.train or always, None, call)
     return y, mask if call.opset >= 10 else mask.astype(x.dtype)

@@ -166,7 +166,8 @@ def tagger() -> onnx.ModelProto:
         head=(5, 3),
     )
     return parsed(
-        """tagger (float[t, n, 4] x, int32[n] lengths) => (float[t, n, 3] logits, float[2, n, 6] c) {
+        """tagger (float[t, n, 4] x, int32[n] lengths) => (float[t, n, 3] logits, float[2, n, 6] c)
+        {
             y, h, c = LSTM <direction = "bidirectional", hidden_size = 6> (x, w, r, b, lengths)
             moved = Transpose <perm = [0, 2, 1, 3]> (y)
             shape = Constant <value_ints = [0, 0, 12]> ()

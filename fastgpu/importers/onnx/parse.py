@@ -366,7 +366,10 @@ def _constant(attributes: Mapping[str, Any], proto: Any) -> np.ndarray:
         raise UnsupportedLayerError(
             f"Constant {proto.name!r} holds {kind}", expected="value, " + ", ".join(dtypes)
         )
-    return np.asarray(value, dtypes[kind])
+    try:
+        return np.asarray(value, dtypes[kind])
+    except (TypeError, ValueError) as error:
+        raise FileError(f"Constant {proto.name!r}: {kind} is no number", got=repr(value)) from error
 
 
 def _text(value: bytes) -> str:

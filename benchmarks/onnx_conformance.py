@@ -205,11 +205,18 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
     for outcome in outcomes:
         if outcome.status == "refused":
             refused.setdefault(outcome.why, []).append(outcome.name)
+    operators: dict[str, list[int]] = {}
+    for outcome in outcomes:
+        if not outcome.name.endswith("_expanded"):
+            counts = operators.setdefault(outcome.operator, [0, 0])
+            counts[0] += outcome.status == "passed"
+            counts[1] += 1
     return {
         "onnx": onnx.__version__,
         "all": counted(outcomes),
         "float": counted(floats),
         "float_opset_7_to_24": counted(asked),
+        "operators": dict(sorted(operators.items())),
         "refused": dict(sorted(refused.items())),
         "failed": {o.name: o.why for o in outcomes if o.status == "failed"},
     }
@@ -226,7 +233,7 @@ def main() -> None:
     found = summary(outcomes)
     if not options.only:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps({k: v for k, v in found.items() if k != "refused"}, indent=1))
+    print(json.dumps({k: v for k, v in found.items() if k not in ("refused", "operators")}, indent=1))
 
 
 if __name__ == "__main__":

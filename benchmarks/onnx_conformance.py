@@ -233,7 +233,9 @@ def main() -> None:
     found = summary(outcomes)
     if not options.only:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps({k: v for k, v in found.items() if k not in ("refused", "operators")}, indent=1))
+    print(
+        json.dumps({k: v for k, v in found.items() if k not in ("refused", "operators")}, indent=1)
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -246,3 +247,31 @@ def test_loops_and_branches(onnx_models: Any) -> None:
             apply({}, *inputs), onnx_models.runtime(model, *inputs), strict=True
         ):
             np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("residual_network", ["n, 3, 9, 9"]),
+        ("transformer_block", ["n, t"]),
+        ("tagger", ["5, n, 4", "n"]),
+    ],
+)
+def test_one_exported_program_serves_every_batch_size(
+    onnx_models: Any, name: str, shapes: list[str]
+) -> None:
+    model = getattr(onnx_models, name)()
+    imported = from_onnx(model)
+    scope = jax.export.SymbolicScope()
+    specs = [
+        jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape, scope=scope), spec.dtype)
+        for shape, spec in zip(shapes, imported.module.input_specs, strict=True)
+    ]
+    function = jax.jit(lambda *inputs: imported.module.apply(imported.variables, *inputs))
+    exported = jax.export.export(function)(*specs)
+    for batch in (2, 3):
+        inputs = MODELS[name](batch)
+        given = [np.asarray(x, spec.dtype) for x, spec in zip(inputs, specs, strict=True)]
+        found = jax.tree.leaves(exported.call(*given))
+        for ours, theirs in zip(found, onnx_models.runtime(model, *inputs), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)

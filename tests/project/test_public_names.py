@@ -35,7 +35,8 @@ heavy = {"jax", "tensorflow", "keras", "optuna", "h5py", "typer", "matplotlib", 
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 for name in fastgpu.__all__:
     getattr(fastgpu, name)
-optional = {"tensorflow", "keras", "optuna", "typer", "matplotlib", "torch", "sklearn", "ray", "onnx"}
+optional = {"tensorflow", "keras", "optuna", "typer", "matplotlib", "torch", "sklearn", "ray"}
+optional |= {"onnx"}
 assert not optional & set(sys.modules), optional & set(sys.modules)
 from fastgpu.hardware.backend import backend_started
 assert not backend_started()

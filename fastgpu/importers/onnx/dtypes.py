@@ -107,6 +107,9 @@ def as_jax(value: Any, where: str) -> jax.Array:
         kind = "an absent value" if value is None else "a sequence"
         raise UnsupportedLayerError(f"{where} is {kind}", expected="an array")
     value = np.asarray(value)
+    if is_symbolic(value):
+        sizes = [jnp.asarray(size, in_use(np.int64, jnp)) for size in value.reshape(-1)]
+        return jnp.stack(sizes).reshape(value.shape)
     dtype = in_use(value.dtype, jnp)
     if dtype != value.dtype and is_integer(dtype) and value.size:
         least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
@@ -128,6 +131,31 @@ def as_jax(value: Any, where: str) -> jax.Array:
     return jnp.asarray(narrow)
 
 
+def is_symbolic(value: Any) -> bool:
+    """Whether an array holds sizes that are symbols, as they are while a program is exported."""
+    return isinstance(value, np.ndarray) and value.dtype == object
+
+
+def sizes_in(value: Any) -> tuple[Any, ...]:
+    """The sizes in a known array: ints, and symbols as they are.
+
+    >>> sizes_in(np.array([2, 3]))
+    (2, 3)
+    """
+    parts = np.asarray(value).reshape(-1)
+    return tuple(int(size) if isinstance(size, int | float | np.number) else size for size in parts)
+
+
+def known_sizes(sizes: Any) -> np.ndarray:
+    """Sizes of an array as a known value: int64, or objects if there are symbols among them.
+
+    >>> known_sizes((2, 3))
+    array([2, 3])
+    """
+    plain = all(isinstance(size, int) for size in sizes)
+    return np.array(sizes, np.int64 if plain else object)
+
+
 def checked_shape(shape: Any, what: str) -> tuple[int, ...]:
     """A shape that values of the model ask for, refused if it is negative or absurd.
 
@@ -138,8 +166,9 @@ def checked_shape(shape: Any, what: str) -> tuple[int, ...]:
     ...
     fastgpu.errors.FileError: Expand asks for an array of absurd size
     """
-    sizes = tuple(int(size) for size in np.asarray(shape).reshape(-1))
-    if any(size < 0 for size in sizes) or math.prod(sizes) > LARGEST_ARRAY or len(sizes) > 32:
+    sizes = sizes_in(shape)
+    known = [int(size) for size in sizes if isinstance(size, int | float)]
+    if any(size < 0 for size in known) or math.prod(known) > LARGEST_ARRAY or len(sizes) > 32:
         raise FileError(
             f"{what} asks for an array of absurd size",
             expected=f"at most {LARGEST_ARRAY:,} elements",

@@ -135,7 +135,18 @@ def _compute(node: Node, rule: Rule, given: Sequence[Any], call: NodeCall) -> li
             with np.errstate(all="ignore"):
                 found = rule.compute(*(a for _, a in arguments), **node.attributes, **extra)
     outputs = list(found) if isinstance(found, tuple | list) else [found]
-    return [np.asarray(value) if isinstance(value, np.generic) else value for value in outputs]
+    return [_as_array(value) for value in outputs]
+
+
+def _as_array(value: Any) -> Any:
+    """numpy's scalars, and symbols for sizes, as arrays without axes."""
+    if value is None or isinstance(value, jax.Array | np.ndarray | tuple):
+        return value
+    if isinstance(value, np.generic):
+        return np.asarray(value)
+    symbol = np.empty((), object)
+    symbol[()] = value
+    return symbol
 
 
 def _static(rule: Rule) -> Any:

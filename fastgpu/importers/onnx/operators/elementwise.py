@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from fastgpu.errors import UnsupportedLayerError
-from fastgpu.importers.onnx.dtypes import ELEMENT_TYPES, in_use, is_float, is_integer
+from fastgpu.importers.onnx.dtypes import (
+    ELEMENT_TYPES,
+    as_jax,
+    in_use,
+    is_float,
+    is_integer,
+    is_symbolic,
+)
 from fastgpu.importers.onnx.operators.operator import axis_of, one_of, operator
 
 # Operators that numpy and jax.numpy have as a function of one array, and of two.
@@ -115,6 +122,8 @@ def identity(x: Any) -> Any:
 @operator("Div", since=7)
 def divide(a: Any, b: Any, *, xp: ModuleType) -> Any:
     """The quotient; of integers it is cut towards zero, as in C."""
+    if is_symbolic(a) or is_symbolic(b):
+        return xp.floor_divide(a, b)
     if not is_integer(a.dtype):
         return xp.divide(a, b)
     quotient, remainder = xp.floor_divide(a, b), xp.mod(a, b)
@@ -206,6 +215,8 @@ def clip(x: Any, low: Any = None, high: Any = None, *, xp: ModuleType) -> Any:
 
 def cast_to(x: Any, dtype: np.dtype[Any], saturate: bool, xp: ModuleType) -> Any:
     """A cast; to eight bits and fewer of floating point it can saturate."""
+    if is_symbolic(x):
+        return x if is_integer(dtype) else as_jax(x, "a size").astype(in_use(dtype, jnp))
     dtype = in_use(dtype, xp)
     if is_float(dtype) and dtype.itemsize == 1 and x.dtype != dtype:
         x = x if is_float(x.dtype) else x.astype("float32")

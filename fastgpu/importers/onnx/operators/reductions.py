@@ -1,5 +1,6 @@
 """Operators that reduce axes, accumulate along them, or order what is on them."""
 
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -189,7 +190,7 @@ def log_softmax(x: jax.Array, *, axis: int = -1) -> jax.Array:
 def over_the_rest(function: Callable[[jax.Array], jax.Array], x: jax.Array, axis: int) -> jax.Array:
     """A function of rows, each of which holds all axes from `axis` on."""
     axis = axis if axis == x.ndim else axis_of(axis, x.ndim)
-    rows = x.reshape(int(np.prod(x.shape[:axis])), -1)
+    rows = x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
     return function(rows).reshape(x.shape)
 
 

@@ -9,35 +9,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastgpu.importers.onnx.dtypes import ELEMENT_TYPES, checked_shape, in_use, is_float
+from fastgpu.errors import UnsupportedLayerError
+from fastgpu.importers.onnx.dtypes import (
+    ELEMENT_TYPES,
+    checked_shape,
+    in_use,
+    is_float,
+    is_symbolic,
+    known_sizes,
+    sizes_in,
+)
 from fastgpu.importers.onnx.operators.operator import axes_of, axis_of, one_of, operator
 
+# An end of a slice that only says "all".
+_BEYOND = 1 << 31
 # What is known while tracing becomes part of the program; larger arrays are computed in it.
 _SMALL = 1 << 16
 
 
-def _made_by(xp: ModuleType, shape: tuple[int, ...]) -> ModuleType:
-    return jnp if math.prod(shape) > _SMALL else xp
+def _made_by(xp: ModuleType, shape: tuple[Any, ...]) -> ModuleType:
+    fixed = all(isinstance(size, int) for size in shape)
+    return xp if fixed and math.prod(shape) <= _SMALL else jnp
 
 
 @operator("Shape")
 def shape(x: Any, *, start: int = 0, end: int | None = None, xp: ModuleType) -> np.ndarray:
     """The shape, or a part of it; always known."""
-    return np.array(x.shape[slice(start, end)], np.int64)
+    return known_sizes(x.shape[slice(start, end)])
 
 
 @operator("Size")
 def size(x: Any, *, xp: ModuleType) -> np.ndarray:
     """The number of elements; always known."""
-    return np.array(x.size, np.int64)
+    return known_sizes((math.prod(x.shape),)).reshape(())
 
 
 @operator("Reshape", static=("shape",))
 def reshape(x: Any, shape: np.ndarray, *, allowzero: int = 0, xp: ModuleType) -> Any:
     """Another shape; 0 stands for the size that is there, -1 for what is left."""
-    sizes = [int(size) for size in shape]
+    sizes = list(sizes_in(shape))
     if not allowzero:
-        sizes = [x.shape[i] if size == 0 else size for i, size in enumerate(sizes)]
+        kept = [isinstance(size, int) and size == 0 for size in sizes]
+        sizes = [x.shape[i] if kept[i] else size for i, size in enumerate(sizes)]
     return x.reshape(sizes)
 
 
@@ -154,25 +167,33 @@ def slice_array(x: Any, starts: Any, ends: Any, axes: Any, steps: Any) -> Any:
     axes = range(len(starts)) if axes is None else [axis_of(int(a), x.ndim) for a in axes]
     steps = [1] * len(starts) if steps is None else steps
     slices = [slice(None)] * x.ndim
+    starts, ends, steps = map(sizes_in, (starts, ends, steps))
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         # a negative step ends before the first element at any end below -length
-        before_first = int(step) < 0 and int(end) < -x.shape[axis]
-        slices[axis] = slice(int(start), None if before_first else int(end), int(step))
+        before_first = step < 0 and end < -x.shape[axis]
+        beyond = isinstance(end, int) and end > _BEYOND
+        slices[axis] = slice(start, None if before_first or beyond else end, step)
     return x[tuple(slices)]
 
 
 @operator("Expand", static=("shape",))
 def expand(x: Any, shape: np.ndarray, *, xp: ModuleType) -> Any:
     """Broadcast against a shape."""
-    target = np.broadcast_shapes(x.shape, checked_shape(shape, "Expand"))
+    wanted = checked_shape(shape, "Expand")
+    rank = max(x.ndim, len(wanted))
+    pairs = zip(*((1,) * (rank - len(s)) + tuple(s) for s in (x.shape, wanted)), strict=True)
+    target = tuple(old if new == 1 else new for old, new in pairs)
     return _made_by(xp, checked_shape(target, "Expand")).broadcast_to(x, target)
 
 
 @operator("Tile", static=("repeats",))
 def tile(x: Any, repeats: np.ndarray, *, xp: ModuleType) -> Any:
     """An array repeated along every axis."""
-    sizes = checked_shape([n * int(r) for n, r in zip(x.shape, repeats, strict=True)], "Tile")
-    return _made_by(xp, sizes).tile(x, [int(repeat) for repeat in repeats])
+    counts = sizes_in(repeats)
+    sizes = checked_shape(
+        np.array([n * r for n, r in zip(x.shape, counts, strict=True)], object), "Tile"
+    )
+    return _made_by(xp, sizes).tile(x, counts)
 
 
 @operator("ConstantOfShape", static=("shape",))
@@ -189,6 +210,10 @@ def range_(
     start: np.ndarray, limit: np.ndarray, delta: np.ndarray, *, stash_type: int = 1, xp: ModuleType
 ) -> Any:
     """Numbers from start to limit by delta."""
+    if is_symbolic(start) or is_symbolic(limit):
+        if is_symbolic(start) or delta.item() != 1:
+            raise UnsupportedLayerError("Range over symbolic sizes", expected="a delta of 1")
+        return jnp.arange(limit.item() - start.item()) + start.item()
     a, b, step = (value.astype(np.float64).item() for value in (start, limit, delta))
     (count,) = checked_shape([max(math.ceil((b - a) / step), 0)], "Range")
     xp = _made_by(xp, (count,))

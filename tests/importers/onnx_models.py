@@ -207,3 +207,28 @@ def loops() -> onnx.ModelProto:
             >
         }"""
     )
+
+
+def functions() -> onnx.ModelProto:
+    """Functions of the file that call one another, with attributes handed on."""
+    model = parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17, "own" : 1]>
+        g (float[n, 4] x) => (float[n, 4] y) {
+            a = own.scaled <factor = 3.0> (x)
+            b = own.scaled (a)
+            y = own.both (a, b)
+        }
+        <opset_import: ["" : 17], domain: "own">
+        scaled <factor: float = 0.5> (v) => (w) {
+            f = Constant <value_float: float = @factor> ()
+            w = Mul (v, f)
+        }
+        <opset_import: ["" : 17, "own" : 1], domain: "own">
+        both (p, q) => (r) {
+            s = own.scaled <factor = -1.0> (p)
+            t = Sum (s, q)
+            r = Celu <alpha = 2.0> (t)
+        }"""
+    )
+    onnx.checker.check_model(model)
+    return model

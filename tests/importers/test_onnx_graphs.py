@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from fastgpu.errors import BatchError, FastGPUError
 from fastgpu.importers import from_onnx
+from fastgpu.importers.onnx.operators import TABLE
 
 
 def image(batch: int) -> tuple[np.ndarray, ...]:
@@ -275,3 +276,62 @@ def test_one_exported_program_serves_every_batch_size(
         found = jax.tree.leaves(exported.call(*given))
         for ours, theirs in zip(found, onnx_models.runtime(model, *inputs), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+def test_functions_of_the_file_become_their_bodies(onnx_models: Any) -> None:
+    model = onnx_models.functions()
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    imported = from_onnx(model)
+    (expected,) = onnx_models.runtime(model, x)
+    np.testing.assert_allclose(imported.module.apply({}, x), expected, rtol=1e-6)
+    assert "by its definition" in str(imported.report)
+
+
+def test_operators_that_onnx_defines_by_others_become_those(onnx_models: Any) -> None:
+    model = onnx_models.parsed("g (float[4] x) => (float[4] y) { y = SwiGLU (x, x) }", opset=28)
+    assert "SwiGLU" not in TABLE
+    x = np.linspace(-2, 2, 4, dtype=np.float32)
+    expected = x * x / (1 + np.exp(-x))
+    np.testing.assert_allclose(from_onnx(model).module.apply({}, x), expected, rtol=1e-5)
+
+
+def test_affine_grids(onnx_models: Any) -> None:
+    text = """g (float[n, 2, 3] theta) => (float[n, 3, 2, 2] a, float[n, 3, 2, 2] b) {
+        size = Constant <value_ints = [1, 1, 3, 2]> ()
+        a = AffineGrid <align_corners = 1> (theta, size)
+        b = AffineGrid (theta, size)
+    }"""
+    model = onnx_models.parsed(text, opset=20)
+    theta = np.random.default_rng(0).normal(size=(1, 2, 3)).astype(np.float32)
+    for found, expected in zip(
+        from_onnx(model).module.apply({}, theta), onnx_models.runtime(model, theta), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_pools_against_onnxruntime(onnx_models: Any) -> None:
+    model = onnx_models.parsed(
+        """g (float[n, 2, 7, 6] x) =>
+           (float[n, 2, a, b] p, float[n, 2, c, d] q, float[n, 2, e, f] r, int64[n, 2, e, f] i) {
+            p = AveragePool <kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1],
+                             ceil_mode = 1, count_include_pad = 1> (x)
+            q = AveragePool <kernel_shape = [2, 3], auto_pad = "SAME_LOWER", strides = [2, 2]> (x)
+            r, i = MaxPool <kernel_shape = [3, 2], strides = [2, 2], dilations = [2, 1],
+                            pads = [1, 0, 1, 1]> (x)
+        }""",
+        opset=19,
+    )
+    x = np.random.default_rng(0).normal(size=(2, 2, 7, 6)).astype(np.float32)
+    found = from_onnx(model).module.apply({}, x)
+    for ours, theirs in zip(found, onnx_models.runtime(model, x), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_trainable_chooses_the_parameters(onnx_models: Any) -> None:
+    model = onnx_models.residual_network()
+    imported = from_onnx(model, trainable=lambda name: name.startswith("fc."))
+    assert set(imported.variables["params"]) == {"fc"}
+    x = image(2)[0]
+    (expected,) = onnx_models.runtime(model, x)
+    found = jax.jit(imported.module.apply)(imported.variables, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5)

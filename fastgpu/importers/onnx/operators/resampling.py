@@ -228,6 +228,21 @@ def _reflected(at: jax.Array, size: int, edge: float = 0.0) -> jax.Array:
     return jnp.minimum(moved, 2 * span - moved) + low
 
 
+@operator("AffineGrid", static=("size",))
+def affine_grid(theta: jax.Array, size: np.ndarray, *, align_corners: int = 0) -> jax.Array:
+    """Where an affine map sends each pixel of an image of a size, from -1 to 1, last axis first."""
+    shape = checked_shape(size, "AffineGrid")[2:]
+    axes = []
+    for length in reversed(shape):
+        i = np.arange(length, dtype=np.float64)
+        ends = 2 * i / max(length - 1, 1) - 1 if length > 1 else np.zeros(1)
+        axes.append(ends if align_corners else (2 * i + 1) / length - 1)
+    places = np.meshgrid(*reversed(axes), indexing="ij")
+    ones = np.ones(shape)
+    base = jnp.asarray(np.stack([*reversed(places), ones], -1), theta.dtype)
+    return jnp.einsum("...i,nji->n...j", base, theta)
+
+
 @operator("GridSample")
 def grid_sample(
     x: jax.Array,

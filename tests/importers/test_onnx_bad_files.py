@@ -188,6 +188,43 @@ def test_functions_may_not_call_themselves_nor_explode() -> None:
     assert "too" in failure(model)
 
 
+_NAMES = ("i", "c", "v", "s", "going", "new", "same")
+
+
+def nested_loop(level: int) -> Any:
+    """A body that holds a loop that holds a loop, whose innermost step reshapes by its state."""
+    onnx = pytest.importorskip("onnx")
+    node, value, kinds = onnx.helper.make_node, onnx.helper.make_tensor_value_info, onnx.TensorProto
+    i, c, v, s, going, new, same = (f"{name}_{level}" for name in _NAMES)
+    if level:
+        inner = node("Loop", [i, c, v, s], [new, same], body=nested_loop(level - 1))
+        nodes = [inner]
+    else:
+        nodes = [node("Reshape", [v, s], [new]), node("Identity", [s], [same])]
+    types = {c: (kinds.BOOL, []), v: (kinds.FLOAT, [2]), s: (kinds.INT64, [1])}
+    types |= {i: (kinds.INT64, []), going: types[c], new: types[v], same: types[s]}
+    inputs, outputs = (
+        [value(n, *types[n]) for n in names] for names in ((i, c, v, s), (going, new, same))
+    )
+    return onnx.helper.make_graph(
+        [node("Identity", [c], [going]), *nodes], f"g{level}", inputs, outputs
+    )
+
+
+def test_deeply_nested_loops_are_read_in_no_time() -> None:
+    onnx = pytest.importorskip("onnx")
+    graph = text_model("g (int64 n, float[2] x) => (float[2] y) { y = Neg (x) }").graph
+    loop = onnx.helper.make_node("Loop", ["n", "", "x", "two"], ["y", ""], body=nested_loop(20))
+    graph.node[0].CopyFrom(loop)
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array([2]), "two"))
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    # walked again at each level for each of its outputs, this would take 4**20 walks
+    imported = from_onnx(onnx.helper.make_model(graph, opset_imports=opsets))
+    assert [spec.name for spec in imported.module.input_specs] == ["n", "x"]
+    graph.node[0].CopyFrom(onnx.helper.make_node("If", ["n"], ["y"], then_branch=nested_loop(24)))
+    assert "too deep" in failure(onnx.helper.make_model(graph, opset_imports=opsets))
+
+
 def external_model(parsed: Any, location: str, length: int = 8) -> bytes:
     model = parsed("g (float[2] x) => (float[2] y) { y = Add (x, w) }", {"w": np.ones(2, "f")})
     weight = model.graph.initializer[0]

@@ -7,6 +7,7 @@ trained, is part of the graph.
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -96,6 +97,7 @@ def _separate_statistics(graphs: list[Graph], used: set[str]) -> None:
     layers are equal, and would then move together.
     """
     taken: set[str] = set()
+    readers = Counter(name for graph in graphs for node in graph.nodes for name in node.inputs)
     for graph in graphs:
         producers = {name: node for node in graph.nodes for name in node.outputs}
         for position, node in enumerate(graph.nodes):
@@ -107,7 +109,7 @@ def _separate_statistics(graphs: list[Graph], used: set[str]) -> None:
                 while source in producers and producers[source].operator == "Identity":
                     source = producers[source].inputs[0]
                 alone = source == inputs[i] and source not in taken
-                alone = alone and _readers(graphs, source) == 1
+                alone = alone and readers[source] == 1
                 if source in graph.constants and not alone:
                     own = f"{node.name}.{'mean' if i == _STATISTICS[0] else 'var'}"
                     while own in used or own in producers or own in graph.constants:
@@ -117,10 +119,6 @@ def _separate_statistics(graphs: list[Graph], used: set[str]) -> None:
                     used.add(own)
                 taken.add(inputs[i])
             graph.nodes[position] = dataclasses.replace(node, inputs=tuple(inputs))
-
-
-def _readers(graphs: list[Graph], name: str) -> int:
-    return sum(node.inputs.count(name) for graph in graphs for node in graph.nodes)
 
 
 def _read_in(graph: Graph) -> set[str]:
@@ -150,29 +148,26 @@ class Paths:
     """Names of a file as paths of nested dicts: `a.b/c` is `a`, `b`, `c`, kept apart by numbers.
 
     >>> paths = Paths()
-    >>> paths.of("params", "conv.weight"), paths.of("params", "conv")
-    (('conv', 'weight'), ('conv_1',))
+    >>> [paths.of("params", name) for name in ("conv.weight", "conv", "conv/weight")]
+    [('conv', 'weight'), ('conv_1',), ('conv', 'weight_1')]
     """
 
     def __init__(self) -> None:
         self.leaves: set[Path] = set()
         self.branches: set[Path] = set()
+        self.numbers: Counter[Path] = Counter()
 
     def of(self, collection: str, name: str) -> Path:
         """The path of a name, different from that of every name before."""
         parts = [part for part in re.split(r"[./]+", name) if part] or ["unnamed"]
-        base, number = parts[-1], 0
         path = (collection, *parts)
-        while self._taken(path):
-            number += 1
-            path = (collection, *parts[:-1], f"{base}_{number}")
-            if any(path[:i] in self.leaves for i in range(1, len(path))):
-                # a name on the way is itself an array: keep this one flat
-                path = (collection, f"{name.replace('/', '.')}_{number}")
+        if any(path[:i] in self.leaves for i in range(2, len(path))):
+            # a name on the way is itself an array: this one stays flat
+            path = (collection, "_".join(parts))
+        wanted = path
+        while path in self.leaves or path in self.branches:
+            self.numbers[wanted] += 1
+            path = (*wanted[:-1], f"{wanted[-1]}_{self.numbers[wanted]}")
         self.leaves.add(path)
-        self.branches.update(path[:i] for i in range(1, len(path)))
+        self.branches.update(path[:i] for i in range(2, len(path)))
         return path[1:]
-
-    def _taken(self, path: Path) -> bool:
-        on_the_way = any(path[:i] in self.leaves for i in range(1, len(path)))
-        return path in self.leaves or path in self.branches or on_the_way

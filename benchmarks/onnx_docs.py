@@ -44,7 +44,8 @@ variables are the file's arrays under the file's names, split at dots and slashe
   traced: a model with a dynamic batch is one `jax.jit` for each batch size, without a trace of
   its shape arithmetic. An input that a shape depends on (the target of a Reshape, the k of a
   TopK) is named in an error and can be fixed: `from_onnx(path, constants={{"k": 5}})`. `NonZero`,
-  `Unique` and `Compress` work on what is known, and are refused elsewhere.
+  `Unique` and `Compress` work on what is known, and are refused elsewhere. Sizes may be symbols:
+  one `jax.export`, and one SavedModel, serve every batch size.
 - **Fixed sizes.** A model exported for batch 1 is run at batch 1, unless `shapes={{"x": (None, 3,
   224, 224)}}` says that nothing in it depends on that.
 - **64 bits.** JAX has 32 unless `jax_enable_x64` is set: float64 and int64 arrays become 32-bit

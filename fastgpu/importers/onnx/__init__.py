@@ -31,7 +31,7 @@ def from_onnx(
     shapes: Mapping[str, Sequence[int | None]] | None = None,
     trainable: Callable[[str], bool] | None = None,
 ) -> Imported:
-    """Import an ONNX model (opset 7 to 28) as a linen module with its variables.
+    """Import an ONNX model (opset 6 to 28) as a linen module with its variables.
 
     Args:
         source: the path of a `.onnx` file, with its external data beside it; its bytes; or an

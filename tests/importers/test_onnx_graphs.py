@@ -1,6 +1,7 @@
 """Imported ONNX graphs against onnxruntime, at several batch sizes, and their gradients."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from fastgpu.cli.model import load_model
 from fastgpu.errors import BatchError, FastGPUError
 from fastgpu.importers import from_onnx
 from fastgpu.importers.onnx.operators import TABLE
@@ -255,7 +257,7 @@ def test_loops_and_branches(onnx_models: Any) -> None:
     [
         ("residual_network", ["n, 3, 9, 9"]),
         ("transformer_block", ["n, t"]),
-        ("tagger", ["5, n, 4", "n"]),
+        pytest.param("tagger", ["5, n, 4", "n"], marks=pytest.mark.slow),
     ],
 )
 def test_one_exported_program_serves_every_batch_size(
@@ -322,7 +324,7 @@ def test_pools_against_onnxruntime(onnx_models: Any) -> None:
         opset=19,
     )
     x = np.random.default_rng(0).normal(size=(2, 2, 7, 6)).astype(np.float32)
-    found = from_onnx(model).module.apply({}, x)
+    found = jax.jit(from_onnx(model).module.apply)({}, x)
     for ours, theirs in zip(found, onnx_models.runtime(model, x), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
@@ -335,3 +337,11 @@ def test_trainable_chooses_the_parameters(onnx_models: Any) -> None:
     (expected,) = onnx_models.runtime(model, x)
     found = jax.jit(imported.module.apply)(imported.variables, x)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_the_command_line_takes_onnx_files(onnx_models: Any, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(onnx_models.residual_network().SerializeToString())
+    loaded = load_model(str(path), {})
+    assert [(spec.shape, spec.dtype) for spec in loaded.inputs] == [((3, 9, 9), np.float32)]
+    assert set(loaded.variables) == {"params", "batch_stats"}

@@ -1,4 +1,4 @@
-"""MODEL on the command line: a Keras file, or the name of a model in `fastgpu.models`."""
+"""MODEL on the command line: a Keras or ONNX file, or the name of a model in `fastgpu.models`."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import numpy as np
 
 from fastgpu import models
 from fastgpu.errors import FastGPUError, FileError
-from fastgpu.importers import from_keras
+from fastgpu.importers import Imported, from_keras, from_onnx
 
 
 class LoadedModel(NamedTuple):
@@ -19,13 +19,27 @@ class LoadedModel(NamedTuple):
     inputs: tuple[jax.ShapeDtypeStruct, ...]
 
 
-def is_keras_file(model: str) -> bool:
+def is_model_file(model: str) -> bool:
     """Whether MODEL is meant as a file.
 
-    >>> is_keras_file("a/b.keras"), is_keras_file("resnet18")
+    >>> is_model_file("a/b.keras"), is_model_file("a/b.onnx"), is_model_file("resnet18")
+    (True, True, False)
+    """
+    return Path(model).suffix in (".keras", ".h5", ".hdf5", ".onnx") or Path(model).exists()
+
+
+def is_keras_file(model: str) -> bool:
+    """Whether MODEL is meant as a file that Keras wrote.
+
+    >>> is_keras_file("a/b.keras"), is_keras_file("a/b.onnx")
     (True, False)
     """
-    return Path(model).suffix in (".keras", ".h5", ".hdf5") or Path(model).exists()
+    return is_model_file(model) and Path(model).suffix != ".onnx"
+
+
+def read_model_file(path: Path) -> Imported:
+    """Import a file: ONNX by its ending, which is all that tells it apart, else Keras."""
+    return from_onnx(path) if path.suffix == ".onnx" else from_keras(path)
 
 
 def load_model(
@@ -37,7 +51,7 @@ def load_model(
     """Read the file, or make the named model and draw its variables from `seed`.
 
     `inputs` (arrays with a batch axis, or None) tells the named model what it will be given.
-    Raises `FileError`, `ModelError` and what `from_keras` raises.
+    Raises `FileError`, `ModelError` and what the importers raise.
 
     >>> x = np.zeros((2, 8, 8, 1), np.float32)
     >>> loaded = load_model("convnet", {"num_classes": 3}, x)
@@ -45,17 +59,17 @@ def load_model(
     (ShapeDtypeStruct(shape=(8, 8, 1), dtype=float32),)
     """
     examples = None if inputs is None else tuple(map(_example, _tuple(inputs)))
-    if is_keras_file(model):
+    if is_model_file(model):
         if settings:
             raise FastGPUError(
                 "--set is for models in fastgpu.models", got=", ".join(settings), fix="leave it out"
             )
-        imported = from_keras(Path(model))
+        imported = read_model_file(Path(model))
         return LoadedModel(imported.module, imported.variables, examples or _declared(imported))
     if model not in models.names():
         raise FileError(
             f"{model!r} is neither a file nor a model of fastgpu",
-            expected=f"a Keras file, or one of {', '.join(models.names())}",
+            expected=f"a Keras or ONNX file, or one of {', '.join(models.names())}",
             got=model,
         )
     module = models.create(model, **settings)

@@ -13,7 +13,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A Keras file (.keras, .h5), or the name of a model in fastgpu.models (resnet18).",
+        help="A file (.keras, .h5, .onnx), or the name of a model in fastgpu.models (resnet18).",
     ),
 ]
 Data = Annotated[

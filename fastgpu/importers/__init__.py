@@ -3,5 +3,6 @@
 from fastgpu.importers.imported import Imported, ImportReport
 from fastgpu.importers.keras import from_keras
 from fastgpu.importers.nnx import from_nnx
+from fastgpu.importers.onnx import from_onnx
 
-__all__ = ["ImportReport", "Imported", "from_keras", "from_nnx"]
+__all__ = ["ImportReport", "Imported", "from_keras", "from_nnx", "from_onnx"]

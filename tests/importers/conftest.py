@@ -1,6 +1,8 @@
 """Small Keras models with random weights and statistics; Keras runs on JAX in this process."""
 
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -75,3 +77,16 @@ def small_model(keras: Any, randomize: Callable[..., Any]) -> Any:
     head = keras.Sequential([keras.Input((5,)), layers.Dense(2, name="out")], name="head")
     outputs = {"score": head(layers.Subtract()([a, b])), "parts": [a * 2.0, b]}
     return randomize(keras.Model([left, right], outputs, name="twins"))
+
+
+@pytest.fixture(scope="session")
+def onnx_models() -> Any:
+    """The module of small ONNX models beside this file."""
+    pytest.importorskip("onnxruntime")
+    spec = importlib.util.spec_from_file_location(
+        "onnx_models", Path(__file__).with_name("onnx_models.py")
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

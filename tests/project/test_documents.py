@@ -69,10 +69,15 @@ def test_the_makefile_and_ci_run_the_same_tests() -> None:
     assert ci.stat().st_mode & 0o111
 
 
-def test_the_page_of_passes_is_what_the_passes_say() -> None:
-    spec = importlib.util.spec_from_file_location("pass_docs", ROOT / "benchmarks/pass_docs.py")
+@pytest.mark.parametrize("page", ["pass", "onnx"])
+def test_the_generated_pages_are_what_their_scripts_say(page: str) -> None:
+    script, document = {
+        "pass": ("benchmarks/pass_docs.py", "docs/passes.md"),
+        "onnx": ("benchmarks/onnx_docs.py", "docs/onnx.md"),
+    }[page]
+    spec = importlib.util.spec_from_file_location(f"{page}_docs", ROOT / script)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    # Written by: python benchmarks/pass_docs.py
-    assert (ROOT / "docs/passes.md").read_text() == module.text()
+    # Written by: python benchmarks/pass_docs.py and python benchmarks/onnx_docs.py
+    assert (ROOT / document).read_text() == module.text()

@@ -42,6 +42,8 @@ OPTIONAL = {
     "matplotlib": ("compile/plan.py", "tuning/", "report/"),
     "sklearn": ("cli/demo",),
     "torch": ("importers/torch/",),
+    "onnx": ("importers/onnx/",),
+    "google.protobuf": ("importers/onnx/",),
     "ray": ("tuning/",),
     "typer": ("cli/",),
 }

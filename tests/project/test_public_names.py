@@ -31,11 +31,12 @@ def test_importing_fastgpu_starts_no_backend_and_imports_nothing_optional() -> N
         """
 import sys
 import fastgpu
-heavy = {"jax", "tensorflow", "keras", "optuna", "h5py", "typer", "matplotlib", "torch"}
+heavy = {"jax", "tensorflow", "keras", "optuna", "h5py", "typer", "matplotlib", "torch", "onnx"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 for name in fastgpu.__all__:
     getattr(fastgpu, name)
 optional = {"tensorflow", "keras", "optuna", "typer", "matplotlib", "torch", "sklearn", "ray"}
+optional |= {"onnx"}
 assert not optional & set(sys.modules), optional & set(sys.modules)
 from fastgpu.hardware.backend import backend_started
 assert not backend_started()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OPTIONAL = ("keras", "tensorflow", "optuna", "matplotlib", "sklearn", "torch", "pytest")
+OPTIONAL = ("keras", "tensorflow", "optuna", "matplotlib", "sklearn", "torch", "onnx", "pytest")
 
 
 def run(*command: str | Path, cwd: Path) -> str:

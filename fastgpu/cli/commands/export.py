@@ -28,7 +28,7 @@ def export(
     import numpy as np
 
     import fastgpu as fgpu
-    from fastgpu.cli.model import is_keras_file, load_model
+    from fastgpu.cli.model import is_model_file, load_model
     from fastgpu.cli.run_folder import read_config, read_variables
 
     examples = None
@@ -41,6 +41,6 @@ def export(
     if run:
         variables = read_variables(run, variables)
     # an imported module knows more of its inputs than one example shows
-    specs = None if is_keras_file(model) else [((None, *i.shape), i.dtype) for i in inputs]
+    specs = None if is_model_file(model) else [((None, *i.shape), i.dtype) for i in inputs]
     report = fgpu.export_saved_model(module, variables, out, inputs=specs, overwrite=overwrite)
     print(report.to_json() if as_json else report)

@@ -9,15 +9,16 @@ from fastgpu.cli.options import AsJson, show
 
 
 def import_model(
-    model: Annotated[Path, typer.Argument(metavar="FILE", help="A Keras file (.keras, .h5).")],
+    model: Annotated[Path, typer.Argument(metavar="FILE", help="A Keras or ONNX file.")],
     as_json: AsJson = False,
 ) -> None:
-    """Read a Keras file and report every layer and variable: mapped, ignored, or refused.
+    """Read a Keras or ONNX file and report every layer and variable: mapped, ignored, or refused.
 
-    Example: fastgpu import model.keras
+    Example: fastgpu import model.onnx
     """
     import fastgpu as fgpu
+    from fastgpu.cli.model import read_model_file
 
     fgpu.configure("cpu", cache=False, quiet=True)
-    report = fgpu.from_keras(model).report
+    report = read_model_file(model).report
     show(report, report.to_dict(), as_json)

@@ -7,6 +7,7 @@ is looked at afterwards, so that nothing here is more than sorting and comparing
 
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
+
 import numpy as np
 
 from fastgpu.ir.compat import JaxprEqn

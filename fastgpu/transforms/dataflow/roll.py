@@ -74,7 +74,7 @@ def _evaluate(closed: ClosedJaxpr, args: Sequence[Any], found: Sequence[Run]) ->
     for run in (*found, None):
         for eqn in closed.jaxpr.eqns[index : run.start if run else None]:
             with scope(eqn):
-                env.update(zip(eqn.outvars, bind(eqn, map(read, eqn.invars)), strict=True))
+                env.update(zip(eqn.outvars, bind(eqn, list(map(read, eqn.invars))), strict=True))
         if run:
             env.update(_Loop(run).outputs(read))
             index = run.stop
@@ -95,7 +95,10 @@ class _Loop:
         """The values of the run that are read after it."""
         run, body = self.run, self._body()
         consts = list(map(read, self.consts))
-        rows = [jnp.stack([read(atom) for atom in column]) for _, column in self.rows.values()]
+        rows = [
+            jnp.stack([jnp.asarray(read(atom), atom.aval.dtype) for atom in column])
+            for _, column in self.rows.values()
+        ]
 
         def step(carry: list[Any], row: list[Any]) -> tuple[list[Any], list[Any]]:
             values = interpret(body, (), [*consts, *carry, *row], {})

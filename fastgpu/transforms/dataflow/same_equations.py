@@ -80,13 +80,14 @@ def _settings(eqn: JaxprEqn, within: _Within) -> Hashable:
 
 def _with_own_derivative(eqn: JaxprEqn, within: _Within) -> Hashable:
     """The programs of a function and of its derivative, which every call has as an own object."""
-    moving = [jnp.issubdtype(getattr(v.aval, "dtype", None), jnp.inexact) for v in eqn.invars]
-    if eqn.params["symbolic_zeros"] or not all(moving):
+    avals: list[Any] = [v.aval for v in eqn.invars]
+    moving = all(jnp.issubdtype(aval.dtype, jnp.inexact) for aval in avals)
+    if eqn.params["symbolic_zeros"] or not moving:
         return _Only(eqn)
     function = tuple(_program(sub, within) for sub in sub_jaxprs(eqn))
     if function in within:  # the derivative of exp is exp
         return function
-    structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    structs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
 
     def run(*values: Any) -> list[Any]:
         return bind(eqn, values)

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastgpu.transforms import DEFAULT_PASSES, Pass
+from fastgpu.transforms import PASSES, Pass
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,7 +45,7 @@ def text() -> str:
     """The page."""
     rows = json.loads((RESULTS / "lowerings.json").read_text())["rows"]
     memory = json.loads((RESULTS / "gpu_memory.json").read_text())["rows"]
-    parts = [_HEAD, *(_section(step, rows, memory) for step in DEFAULT_PASSES)]
+    parts = [_HEAD, *(_section(step, rows, memory) for step in PASSES)]
     left = [row for row in rows if not row["code"]]
     if left:
         parts.append(
@@ -60,7 +60,8 @@ def _section(step: Pass, rows: list[dict[str, Any]], memory: list[dict[str, Any]
     about = inspect.cleandoc(importlib.import_module(path).__doc__ or "")
     where = ", ".join(_PLATFORMS[platform] for platform in step.platforms)
     section = f"## `{step.name}`\n\n{step.why[0].upper()}{step.why[1:]}. "
-    section += f"On {where}; {_STAGES[step.stage]}.\n\n{about}\n"
+    asked = "" if step.default else " Only when asked for by name."
+    section += f"On {where}; {_STAGES[step.stage]}.{asked}\n\n{about}\n"
     own = [row for row in rows if step.name in row["code"].split(", ")]
     if own:
         section += f"\n{times(own)}"

@@ -52,6 +52,7 @@ __all__ = [
     "source_line",
     "sub_jaxprs",
     "with_borders",
+    "within_scope",
 ]
 
 # Primitives whose sub-jaxprs are programs of the user's (a reducer of `scatter` is none).
@@ -137,6 +138,14 @@ def scope(eqn: JaxprEqn):
     stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
     context = source_info_util.user_context(eqn.source_info.traceback, name_stack=stack)
     return _Both(context, eqn.ctx.manager)
+
+
+def within_scope(eqn: JaxprEqn, caller: JaxprEqn) -> JaxprEqn:
+    """`eqn`, an equation of the program that `caller` calls, with the name scopes of the call."""
+    name = caller.params.get("name", caller.primitive.name)
+    inner = eqn.source_info.name_stack
+    stack = caller.source_info.name_stack.extend(name) + inner
+    return eqn.replace(source_info=eqn.source_info.replace(name_stack=stack))
 
 
 class _Both:

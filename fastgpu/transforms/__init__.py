@@ -1,13 +1,15 @@
 """The pipeline, on one page: which passes run, in what order, and why.
 
-`DEFAULT_PASSES` is the whole list. `optimize` applies it to a function; `inspect` shows what each
-pass did. To change it, hand `passes=` another list of passes or names:
+`PASSES` is the whole list; `optimize` applies the default ones of it to a function, and `inspect`
+shows what each pass did. To change it, hand `passes=` another list of passes or names:
 
 >>> [step.name for step in DEFAULT_PASSES]
 ['inline', 'cse', 'fold', 'attention', 'pointwise', 'depthwise', 'max_pool', 'small_spatial',
  'stem', 'outer_products', 'random_bits', 'row_pick', 'in_place', 'dce']
 >>> len(without("cse")) == len(DEFAULT_PASSES) - 1
 True
+>>> [step.name for step in also("roll")][:3]
+['inline', 'roll', 'cse']
 """
 
 import difflib
@@ -37,17 +39,20 @@ from fastgpu.transforms.dataflow import (
 )
 from fastgpu.transforms.dataflow.attention import fuse_attention
 from fastgpu.transforms.dataflow.in_place import update_in_place
+from fastgpu.transforms.dataflow.roll import roll_blocks
 from fastgpu.transforms.dead_code import remove_dead_code
 from fastgpu.transforms.inline import inline_calls
-from fastgpu.transforms.pipeline import Context, Pass, PassReport, run_passes
+from fastgpu.transforms.pipeline import Context, Pass, PassReport, Ran, report, run_passes
 from fastgpu.transforms.precision import Policy, in_precision, policy_of
 
 __all__ = [
     "DEFAULT_PASSES",
+    "PASSES",
     "Context",
     "Inspection",
     "Pass",
     "PassReport",
+    "also",
     "inspect",
     "optimize",
     "whole_step",
@@ -63,8 +68,15 @@ def _lowering(chooser: ir.Chooser) -> Callable[..., ClosedJaxpr]:
     return lambda closed, context: ir.lower_by(closed, chooser)
 
 
-DEFAULT_PASSES: tuple[Pass, ...] = (
+PASSES: tuple[Pass, ...] = (
     Pass("inline", "forward", _plain(inline_calls), "later passes see one flat program"),
+    Pass(
+        "roll",
+        "forward",
+        _plain(roll_blocks),
+        "equal blocks of a deep network as one loop, which is traced and compiled once",
+        default=False,
+    ),
     Pass("cse", "forward", _plain(merge_common_subexpressions), "equal values are computed once"),
     Pass("fold", "forward", _plain(fold_constants), "what depends on no input is a constant"),
     Pass(
@@ -143,6 +155,20 @@ DEFAULT_PASSES: tuple[Pass, ...] = (
     Pass("dce", "forward", _plain(remove_dead_code), "what nobody reads is not computed"),
 )
 
+DEFAULT_PASSES: tuple[Pass, ...] = tuple(step for step in PASSES if step.default)
+
+
+def also(*names: str) -> tuple[Pass, ...]:
+    """The default passes and those named, each in its place in `PASSES`.
+
+    Raises `ConfigurationError` for a name that is not in the list.
+
+    >>> set(also("roll")) - set(DEFAULT_PASSES) == set(resolve_passes("roll"))
+    True
+    """
+    named = resolve_passes(names)
+    return tuple(step for step in PASSES if step.default or step in named)
+
 
 # What `precision=` of a transform is: a name, names for scopes, or what `configure` set.
 Precision = str | Mapping[str, str] | Policy | None
@@ -163,7 +189,7 @@ def without(*names: str) -> tuple[Pass, ...]:
 
 
 def resolve_passes(passes: str | Sequence[Pass | str]) -> tuple[Pass, ...]:
-    """Passes from "default", or from a list of passes and names of default passes.
+    """Passes from "default", or from a list of passes and names of passes.
 
     Raises `ConfigurationError` for a name that is not in the list.
     """
@@ -171,7 +197,7 @@ def resolve_passes(passes: str | Sequence[Pass | str]) -> tuple[Pass, ...]:
         return DEFAULT_PASSES
     if isinstance(passes, str):
         passes = (passes,)
-    by_name = {step.name: step for step in DEFAULT_PASSES}
+    by_name = {step.name: step for step in PASSES}
     for step in passes:
         if not isinstance(step, Pass) and step not in by_name:
             raise ConfigurationError(
@@ -294,16 +320,16 @@ def inspect(
     """What `optimize` does to `fn` on these arguments: arrays or `jax.ShapeDtypeStruct`.
 
     >>> import jax.numpy as jnp
-    >>> report = inspect(lambda x: jnp.sin(x) + jnp.sin(x), jnp.ones(3))
-    >>> [row.equations for row in report.passes if row.name == "cse"]
+    >>> found = inspect(lambda x: jnp.sin(x) + jnp.sin(x), jnp.ones(3))
+    >>> [row.equations for row in found.passes if row.name == "cse"]
     [(3, 2)]
     """
     constants, leaves = _split(args, kwargs)
     policy = policy_of(precision)
     with _unhindered(policy):
         traced = ir.trace(lambda *leaves: constants.call(fn, leaves), *leaves)
-        after, reports = _run(traced.closed_jaxpr, with_precision(passes, policy), target)
-    return Inspection(traced.closed_jaxpr, after, tuple(reports))
+        after, ran = _run(traced.closed_jaxpr, with_precision(passes, policy), target)
+    return Inspection(traced.closed_jaxpr, after, tuple(map(report, ran)))
 
 
 @dataclass(frozen=True)
@@ -426,7 +452,7 @@ def _described(eqn: ir.JaxprEqn) -> str:
 
 def _run(
     closed: ClosedJaxpr, steps: Sequence[Pass], target: str | Device | Target | None
-) -> tuple[ClosedJaxpr, list[PassReport]]:
+) -> tuple[ClosedJaxpr, list[Ran]]:
     chosen = resolve_target(target)
     return run_passes(closed, _in_force(steps, chosen), Context(chosen.device))
 

@@ -4,14 +4,21 @@ A call that fixes shardings, layouts, donation or compiler options stays: inlini
 what it says. The call's name becomes a name scope.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-
-from fastgpu import ir
-from fastgpu.ir.compat import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, is_plain_call
-from fastgpu.ir.rewrite import interpret
+from fastgpu.ir.analysis import walk
+from fastgpu.ir.compat import (
+    ClosedJaxpr,
+    DropVar,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    Var,
+    is_plain_call,
+    map_sub_jaxprs,
+    within_scope,
+)
 
 
 def inline_calls(closed: ClosedJaxpr) -> ClosedJaxpr:
@@ -25,7 +32,16 @@ def inline_calls(closed: ClosedJaxpr) -> ClosedJaxpr:
         c:f32[] = add b 1.0:f32[]
       in (c,) }
     """
-    return ir.rewrite(closed, _RULES)
+    if not any(is_plain_call(eqn) for eqn in walk(closed)):
+        return closed
+    flat = _Flat(dict(zip(closed.jaxpr.constvars, closed.consts, strict=True)))
+    flat.add(closed.jaxpr)
+    jaxpr = closed.jaxpr.replace(
+        constvars=list(flat.consts),
+        eqns=flat.eqns,
+        outvars=[flat.read(v) for v in closed.jaxpr.outvars],
+    )
+    return ClosedJaxpr(jaxpr, list(flat.consts.values()))
 
 
 def instantiated(
@@ -49,19 +65,48 @@ def instantiated(
     return eqns, [read(v) for v in program.outvars]
 
 
-def _rule(eqn: ir.JaxprEqn) -> Callable[..., Any] | None:
-    if not is_plain_call(eqn):
-        return None
-    called = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
-    jaxpr, consts = (
-        (called.jaxpr, called.consts) if isinstance(called, ClosedJaxpr) else (called, ())
-    )
+class _Flat:
+    """Equations of a program and of those that it calls, in order."""
 
-    def inlined(*args: Any) -> list[Any]:
-        with jax.named_scope(eqn.params.get("name", eqn.primitive.name)):
-            return interpret(jaxpr, consts, args, _RULES)
+    def __init__(self, consts: dict[Var, Any]) -> None:
+        self.consts = consts
+        self.eqns: list[JaxprEqn] = []
+        self._names: dict[Var, Any] = {}
+        self._const_of = {id(value): v for v, value in consts.items()}
 
-    return inlined
+    def read(self, atom: Any) -> Any:
+        """What an atom of a program that was added is called now."""
+        return atom if isinstance(atom, Literal) else self._names.get(atom, atom)
 
+    def add(self, program: Jaxpr, caller: JaxprEqn | None = None) -> None:
+        """Add the equations of `program`; those of a call get new names, and the call's scope."""
+        for eqn in program.eqns:
+            eqn = eqn.replace(invars=[self.read(v) for v in eqn.invars])
+            if caller is not None:
+                eqn = within_scope(eqn, caller)
+            if is_plain_call(eqn):
+                self._call(eqn)
+                continue
+            if caller is not None:
+                fresh = [v if isinstance(v, DropVar) else Var(v.aval) for v in eqn.outvars]
+                self._names.update(zip(eqn.outvars, fresh, strict=True))
+                eqn = eqn.replace(outvars=fresh)
+            self.eqns.append(eqn.replace(params=map_sub_jaxprs(eqn, inline_calls)))
 
-_RULES: ir.Rules = dict.fromkeys(("jit", "pjit", "closed_call", "core_call"), _rule)
+    def _call(self, eqn: JaxprEqn) -> None:
+        called = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+        program = called
+        if isinstance(called, ClosedJaxpr):
+            program = called.jaxpr
+            for v, value in zip(program.constvars, called.consts, strict=True):
+                self._names[v] = self._const(v, value)
+        self._names.update(zip(program.invars, eqn.invars, strict=True))
+        self.add(program, eqn)
+        results = [self.read(v) for v in program.outvars]
+        self._names.update(zip(eqn.outvars, results, strict=True))
+
+    def _const(self, v: Var, value: Any) -> Var:
+        if id(value) not in self._const_of:
+            self._const_of[id(value)] = fresh = Var(v.aval)
+            self.consts[fresh] = value
+        return self._const_of[id(value)]

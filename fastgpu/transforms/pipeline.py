@@ -1,4 +1,4 @@
-"""Passes as values, run one after the other, each with a report."""
+"""Passes as values, run one after the other; what each did can be asked afterwards."""
 
 import os
 import time
@@ -32,6 +32,7 @@ class Pass:
     "step" (a whole training step, update included); in a program without it, a pass does nothing.
     `why` is one line. `platforms` are those on which the pass pays; elsewhere it is left out.
     A pass that is not `exact` rounds by intention: only its types are verified.
+    A pass that is not `default` buys one thing for another, and runs for those who name it.
 
     >>> halve = Pass("nothing", "forward", lambda closed, context: closed, why="an example")
     >>> halve.name
@@ -44,6 +45,7 @@ class Pass:
     why: str
     platforms: tuple[str, ...] = ("cpu", "cuda", "tpu")
     exact: bool = True
+    default: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,16 +77,26 @@ class PassReport:
         }
 
 
+@dataclass(frozen=True)
+class Ran:
+    """A pass that ran: the programs that it was given and returned, and the seconds it took."""
+
+    name: str
+    before: ClosedJaxpr
+    after: ClosedJaxpr
+    seconds: float
+
+
 def run_passes(
     closed: ClosedJaxpr, passes: Sequence[Pass], context: Context
-) -> tuple[ClosedJaxpr, list[PassReport]]:
-    """Run `passes` in order on `closed`, with a report for each.
+) -> tuple[ClosedJaxpr, list[Ran]]:
+    """Run `passes` in order on `closed`; `report` says what each of them did.
 
     With `FASTGPU_VERIFY=1` in the environment, types are checked and outputs compared on random
     inputs after every pass; a difference raises `VerificationError` naming the pass.
     """
     verifying = os.environ.get("FASTGPU_VERIFY", "0") not in ("", "0")
-    reports = []
+    ran = []
     for step in passes:
         start = time.perf_counter()
         rewritten = step.run(closed, context)
@@ -92,27 +104,29 @@ def run_passes(
         if verifying:
             check = ir.verify if step.exact else ir.verify_types
             check(closed, rewritten, label=f"pass {step.name!r}")
-        reports.append(_report(step, closed, rewritten, seconds))
+        ran.append(Ran(step.name, closed, rewritten, seconds))
         closed = rewritten
-    return closed, reports
+    return closed, ran
 
 
-def _report(step: Pass, before: ClosedJaxpr, after: ClosedJaxpr, seconds: float) -> PassReport:
-    counts = [Counter(_label(eqn) for eqn in ir.walk(closed)) for closed in (before, after)]
-    costs = [ir.program_cost(closed) for closed in (before, after)]
+def report(ran: Ran) -> PassReport:
+    """What a pass did. It takes about as long as the pass, and is made for those who ask."""
+    programs = ran.before, ran.after
+    counts = [Counter(_label(eqn) for eqn in ir.walk(closed)) for closed in programs]
+    costs = [ir.program_cost(closed) for closed in programs]
     delta = {
         name: counts[1][name] - counts[0][name]
         for name in sorted({*counts[0], *counts[1]})
         if counts[0][name] != counts[1][name]
     }
     return PassReport(
-        step.name,
+        ran.name,
         (counts[0].total(), counts[1].total()),
         (costs[0].flops, costs[1].flops),
         (costs[0].bytes_moved, costs[1].bytes_moved),
-        seconds,
+        ran.seconds,
         delta,
-        after,
+        ran.after,
     )
 
 

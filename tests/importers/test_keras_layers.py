@@ -9,7 +9,7 @@ import pytest
 
 from fastgpu.errors import UnsupportedLayerError
 from fastgpu.importers import from_keras
-from fastgpu.importers.keras.layers import OPERATIONS, TABLE, Layer
+from fastgpu.importers.keras.layers import TABLE, Layer
 from fastgpu.importers.keras.layers.activations import ACTIVATIONS
 from fastgpu.importers.keras.layers.initializers import ONES
 from fastgpu.importers.keras.layers.layer import LayerState
@@ -107,7 +107,6 @@ CASES: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
     ("SpatialDropout3D", {"rate": 0.5}, VOLUME),
 ]
 MERGES = ["Add", "Average", "Concatenate", "Maximum", "Minimum", "Multiply", "Subtract"]
-BINARY = ["Add", "Divide", "Maximum", "Minimum", "Multiply", "Power", "Subtract", "TrueDivide"]
 
 
 def close(got: Any, want: Any, tolerance: float = 1e-5) -> None:
@@ -190,17 +189,6 @@ def test_activations_equal_keras(keras: Any, run: Any) -> None:
     x = np.linspace(-4, 4, 32, dtype="float32").reshape(2, 16)
     got = run(lambda x: {name: ACTIVATIONS[name](x) for name in names}, x)
     close(got, run(lambda x: {name: keras.activations.get(name)(x) for name in names}, x))
-
-
-def test_operations_equal_keras(keras: Any, run: Any) -> None:
-    from keras.src.ops import nn, numpy
-
-    x, outputs = keras.Input((4,)), {}
-    for name in sorted(OPERATIONS):
-        operation = getattr(numpy, name, None) or getattr(nn, name)
-        outputs[name] = operation()(x, 1.5) if name in BINARY else operation()(x)
-    model = keras.Model(x, outputs)
-    assert_equal(run, from_keras(model), model, np.abs(batch((4,))) + 0.1)
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bfloat16"])

@@ -4,20 +4,24 @@ Nothing is imported or executed that a config names: a layer becomes a rule of t
 from `custom_objects`, or a refusal. All refusals are raised together, before any weight is read.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import jax
 
 from fastgpu.errors import FileError, UnsupportedLayerError
 from fastgpu.importers.imported import ImportReport
 from fastgpu.importers.keras.calls import order_calls, read_calls, read_structure
 from fastgpu.importers.keras.dtypes import Policy
-from fastgpu.importers.keras.graph import Call, Graph, Input, Placed, Structure, Tensor
-from fastgpu.importers.keras.layers import OPERATIONS, TABLE
+from fastgpu.importers.keras.graph import Call, Graph, Input, Structure, Tensor
+from fastgpu.importers.keras.layers import TABLE
 from fastgpu.importers.keras.layers.core import Identity
 from fastgpu.importers.keras.layers.layer import Function, Layer, Path
 from fastgpu.importers.keras.layers.operations import Operation
-from fastgpu.importers.keras.options import OptionReader
+from fastgpu.importers.keras.layers.placed import Placed
+from fastgpu.importers.keras.options import OptionReader, freeze
 
 Config = Mapping[str, Any]
 _FUNCTIONAL = ("Functional", "Model")
@@ -130,7 +134,8 @@ class ArchitectureReader:
             if isinstance(placed.layer, Graph)
         }
         found = read_calls(config["layers"], models)
-        self.refused += found.refused
+        for call in found.calls:
+            self._check_arguments(call, layers[call.layer])
         for name, phase in found.ignored_phases.items():
             why = "overridden by the phase of the call, as Keras 3 does"
             if not phase:
@@ -165,9 +170,13 @@ class ArchitectureReader:
 
     def _place(self, entry: Config, path: Path, frozen: bool) -> Placed:
         """One entry of `layers`; what is refused is noted and replaced by an identity."""
-        config, class_name = entry["config"], entry["class_name"]
+        config = entry["config"]
         name = entry.get("name") or (config["name"] if isinstance(config, dict) else "sequential")
         path = self.shared_paths.setdefault(entry.get("shared_object_id", id(entry)), (*path, name))
+        return self._placed(entry, name, path, frozen)
+
+    def _placed(self, entry: Config, name: str, path: Path, frozen: bool) -> Placed:
+        config, class_name = entry["config"], entry["class_name"]
         if isinstance(config, dict):
             frozen = frozen or config.get("trainable") is False
         policy, layer = Policy(), Identity()
@@ -185,7 +194,7 @@ class ArchitectureReader:
         config, class_name = entry["config"], entry["class_name"]
         custom = self.custom_objects.get(name, self.custom_objects.get(class_name))
         if custom is not None and not isinstance(custom, str):
-            return self._custom(custom, config, path)
+            return self._custom(custom, config, path, frozen)
         class_name = custom or class_name
         if custom is None and not _is_builtin(entry):
             raise UnsupportedLayerError(f"a custom class of {entry.get('module')!r}")
@@ -195,22 +204,38 @@ class ArchitectureReader:
             return _operation(class_name, config)
         if class_name not in TABLE:
             raise UnsupportedLayerError(_REASONS.get(class_name, "no such layer in the table"))
-        return self._options(path).build(TABLE[class_name], config)
+        return self._options(path, frozen).build(TABLE[class_name], config)
 
-    def _custom(self, custom: Any, config: Config, path: Path) -> Layer:
+    def _custom(self, custom: Any, config: Config, path: Path, frozen: bool) -> Layer:
         if isinstance(custom, Layer):
             return custom
         if isinstance(custom, type) and issubclass(custom, Layer):
-            return self._options(path).build(custom, config)
+            return self._options(path, frozen).build(custom, config)
         if callable(custom):
             return Function(function=custom)
         raise UnsupportedLayerError(f"custom_objects gives {custom!r}, no function and no Layer")
 
-    def _options(self, path: Path) -> OptionReader:
+    def _options(self, path: Path, frozen: bool) -> OptionReader:
         def note(option: str, reason: str) -> None:
             self.report.add("option", "/".join((*path, option)), "ignored", reason)
 
-        return OptionReader(self.custom_objects, self.keras_2, note)
+        def place(entry: Config, below: Path) -> Placed:
+            return self._placed(entry, below[-1], (*path, *below), frozen)
+
+        return OptionReader(self.custom_objects, self.keras_2, note, place)
+
+    def _check_arguments(self, call: Call, placed: Placed) -> None:
+        """Refuse arguments of a call that a rule does not take."""
+        taken = {"mask"}
+        if isinstance(placed.layer, Layer):
+            parameters = inspect.signature(placed.layer.call).parameters.values()
+            if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+                return
+            taken = {parameter.name for parameter in parameters}
+        given = jax.tree.unflatten(call.kwargs.tree, call.kwargs.leaves)
+        unknown = sorted(set(given) - taken)
+        if unknown:
+            self._refuse(placed.path, placed.class_name, f"call argument {unknown}")
 
     def _refuse(self, path: Path, class_name: str, reason: str) -> None:
         self.refused.append(f"{'/'.join(path)!r} ({class_name}: {reason})")
@@ -233,12 +258,12 @@ def _is_operation(entry: Config) -> bool:
 
 
 def _operation(class_name: str, config: Config) -> Operation:
-    if class_name not in OPERATIONS:
-        raise UnsupportedLayerError("no such keras.ops function in the table")
-    options = sorted(set(config) - {"name", "dtype", "trainable"})
-    if options:
-        raise UnsupportedLayerError(f"option {options[0]}={config[options[0]]!r}")
-    return Operation(name=class_name)
+    options = {}
+    for key, value in config.items():
+        policy = key == "dtype" and isinstance(value, dict)
+        if key not in ("name", "trainable") and not policy:
+            options[key] = freeze(key, value)
+    return Operation.from_config(class_name, options)
 
 
 def _implied_input(config: Config, entries: list[Config]) -> Input:

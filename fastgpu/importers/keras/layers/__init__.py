@@ -1,6 +1,13 @@
 """The table of Keras layers: every class that fastgpu has an equal of, and its rule."""
 
 from fastgpu.importers.keras.layers.applications import CustomScaleLayer, LayerScale
+from fastgpu.importers.keras.layers.cells import (
+    GRUCell,
+    LSTMCell,
+    SimpleRNNCell,
+    StackedRNNCells,
+)
+from fastgpu.importers.keras.layers.conv_lstm import ConvLSTM
 from fastgpu.importers.keras.layers.convolution import Conv, DepthwiseConv, SeparableConv
 from fastgpu.importers.keras.layers.core import (
     ELU,
@@ -9,6 +16,7 @@ from fastgpu.importers.keras.layers.core import (
     Embedding,
     Identity,
     LeakyReLU,
+    Masking,
     PReLU,
     ReLU,
     Rescaling,
@@ -36,6 +44,15 @@ from fastgpu.importers.keras.layers.pooling import (
     GlobalMaxPooling,
     MaxPooling,
 )
+from fastgpu.importers.keras.layers.recurrent import (
+    GRU,
+    LSTM,
+    RNN,
+    Bidirectional,
+    CuDNNGRU,
+    CuDNNLSTM,
+    SimpleRNN,
+)
 from fastgpu.importers.keras.layers.regularization import (
     Dropout,
     GaussianDropout,
@@ -51,12 +68,19 @@ from fastgpu.importers.keras.layers.reshaping import (
     UpSampling,
     ZeroPadding,
 )
+from fastgpu.importers.keras.layers.wrappers import (
+    SpectralNormalization,
+    TimeDistributed,
+    Wrapper,
+)
 
 TABLE: dict[str, type[Layer]] = {
     # core
     "Dense": Dense,
     "Embedding": Embedding,
     "Identity": Identity,
+    "Masking": Masking,
+    "Wrapper": Wrapper,
     # convolution
     "Conv1D": Conv,
     "Conv2D": Conv,
@@ -69,6 +93,7 @@ TABLE: dict[str, type[Layer]] = {
     "BatchNormalization": BatchNormalization,
     "LayerNormalization": LayerNormalization,
     "Normalization": Normalization,
+    "SpectralNormalization": SpectralNormalization,
     "Rescaling": Rescaling,
     # activation
     "Activation": ActivationLayer,
@@ -119,6 +144,22 @@ TABLE: dict[str, type[Layer]] = {
     "SpatialDropout1D": SpatialDropout,
     "SpatialDropout2D": SpatialDropout,
     "SpatialDropout3D": SpatialDropout,
+    # recurrent
+    "Bidirectional": Bidirectional,
+    "ConvLSTM1D": ConvLSTM,
+    "ConvLSTM2D": ConvLSTM,
+    "ConvLSTM3D": ConvLSTM,
+    "CuDNNGRU": CuDNNGRU,
+    "CuDNNLSTM": CuDNNLSTM,
+    "GRU": GRU,
+    "GRUCell": GRUCell,
+    "LSTM": LSTM,
+    "LSTMCell": LSTMCell,
+    "RNN": RNN,
+    "SimpleRNN": SimpleRNN,
+    "SimpleRNNCell": SimpleRNNCell,
+    "StackedRNNCells": StackedRNNCells,
+    "TimeDistributed": TimeDistributed,
     # private to keras.applications
     "CustomScaleLayer": CustomScaleLayer,
     "LayerScale": LayerScale,

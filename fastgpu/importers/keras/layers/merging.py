@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,11 @@ class _Merge(Layer):
                 for x in inputs
             ]
         )
+
+    def output_mask(self, masks: tuple[Any, ...], *inputs: Any) -> Any:
+        """Kept is what any input keeps; nothing is masked if one input has no mask."""
+        found = mask_list(masks, inputs)
+        return None if any(mask is None for mask in found) else reduce(jnp.logical_or, found)
 
     def merge(self, inputs: list[jax.Array]) -> jax.Array:
         """Combine arrays of equal rank."""
@@ -90,6 +96,27 @@ class Concatenate(Layer):
 
     axis: int = -1
 
+    def output_mask(self, masks: tuple[Any, ...], *inputs: Any) -> Any:
+        """The masks as wide as their inputs, joined; a step is kept if anything in it is."""
+        found = mask_list(masks, inputs)
+        if all(mask is None for mask in found):
+            return None
+        wide = []
+        for x, mask in zip(inputs[0], found, strict=True):
+            if mask is None:
+                wide.append(jnp.ones(x.shape, bool))
+            else:
+                wide.append(
+                    jnp.broadcast_to(mask[..., None], x.shape) if mask.ndim < x.ndim else mask
+                )
+        return jnp.any(jnp.concatenate(wide, self.axis), axis=-1)
+
     def call(self, state: LayerState, inputs: Sequence[jax.Array], *, train: bool) -> jax.Array:
         """Join the arrays."""
         return jnp.concatenate(inputs, self.axis)
+
+
+def mask_list(masks: tuple[Any, ...], inputs: tuple[Any, ...]) -> list[Any]:
+    """The mask of every array in the list that is the first input."""
+    found = masks[0] if masks and isinstance(masks[0], list | tuple) else [None] * len(inputs[0])
+    return list(found)

@@ -81,9 +81,15 @@ class _GlobalPooling(Layer):
 class GlobalAveragePooling(_GlobalPooling):
     """GlobalAveragePooling1D, 2D, 3D; half precision is summed in float32."""
 
-    def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
-        """The mean over space."""
+    def call(
+        self, state: LayerState, x: jax.Array, *, train: bool, mask: jax.Array | None = None
+    ) -> jax.Array:
+        """The mean over space; in 1D over the steps that the mask keeps."""
         axes = spatial_axes(self.data_format, x.ndim)
+        if state.mask is not None and x.ndim == 3:
+            keep = jnp.expand_dims(state.mask, -1 if axes == (1,) else 1).astype(bool)
+            total = jnp.sum(jnp.where(keep, x, 0), axes, keepdims=self.keepdims)
+            return total / jnp.sum(keep.astype(x.dtype), axes, keepdims=self.keepdims)
         wide = jnp.promote_types(x.dtype, jnp.float32)
         return jnp.mean(x, axes, dtype=wide, keepdims=self.keepdims).astype(x.dtype)
 

@@ -17,6 +17,7 @@ class Dropout(Layer):
     rate: float
     noise_shape: tuple[int | None, ...] | None = None
     fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"seed": ANY}
+    supports_masking: ClassVar[bool] = True
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """Zero some values and scale the others up."""
@@ -32,6 +33,7 @@ class SpatialDropout(Layer):
     rate: float
     data_format: str = "channels_last"
     fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"seed": ANY, "noise_shape": (None,)}
+    supports_masking: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse option values that Keras does not define."""
@@ -50,6 +52,7 @@ class GaussianDropout(Layer):
 
     rate: float
     fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"seed": ANY}
+    supports_masking: ClassVar[bool] = True
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """x * N(1, rate / (1 - rate))."""
@@ -65,6 +68,7 @@ class GaussianNoise(Layer):
 
     stddev: float
     fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"seed": ANY}
+    supports_masking: ClassVar[bool] = True
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """x + N(0, stddev^2)."""

@@ -18,12 +18,12 @@ def sequence(seed: int = 0, batch: int = 2, shape: tuple[int, ...] = (STEPS, FEA
     return np.random.default_rng(seed).normal(0, 1, (batch, *shape)).astype("float32")
 
 
-def assert_close(got: Any, want: Any) -> None:
+def assert_close(got: Any, want: Any, name: str = "") -> None:
     got, want = jax.tree.leaves(got), jax.tree.leaves(want)
     assert len(got) == len(want)
     for g, w in zip(got, want, strict=True):
         assert g.shape == w.shape
-        np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 def variants(layers: Any) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def test_recurrent_layers_equal_keras(recurrent: Any, run: Any, tmp_path: Path, 
         imported = from_keras(source)
         got = run(imported.module.apply, imported.variables, x)
         for name in want:
-            assert_close(got[name], want[name])
+            assert_close(got[name], want[name], name)
     assert imported.report.parameter_count == recurrent.count_params()
 
 
@@ -113,7 +113,7 @@ def test_masks_reach_every_layer_as_in_keras(keras: Any, randomize: Any, run: An
         "added": layers.LSTM(2)(layers.Add()([dense, layers.Masking()(keras.ops.relu(x))])),
         "half": layers.LSTM(2)(layers.Add()([dense, keras.ops.relu(x)])),
         "joined": layers.LSTM(2)(layers.Concatenate()([dense, keras.ops.relu(x)])),
-        "lost": layers.LSTM(2)(layers.Reshape((STEPS, FEATURES))(x)),
+        "lost": layers.LSTM(2)(layers.Reshape((FEATURES, STEPS))(x)),
         "masked_softmax": layers.Softmax(axis=1)(
             dense, mask=keras.ops.cast(keras.ops.ones_like(dense), "bool")
         ),
@@ -127,7 +127,7 @@ def test_masks_reach_every_layer_as_in_keras(keras: Any, randomize: Any, run: An
     x = np.array([[1, 2, 3, 0, 0], [0, 4, 0, 5, 1], [6, 7, 8, 1, 2]], "int32")
     got, want = run(imported.module.apply, imported.variables, x), run(model, x)
     for name in want:
-        assert_close(got[name], want[name])
+        assert_close(got[name], want[name], name)
 
 
 def test_batch_statistics_of_masked_steps_do_not_count(

@@ -6,7 +6,7 @@ from `custom_objects`, or a refusal. All refusals are raised together, before an
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -134,8 +134,11 @@ class ArchitectureReader:
             if isinstance(placed.layer, Graph)
         }
         found = read_calls(config["layers"], models)
-        for call in found.calls:
+        for number, call in enumerate(found.calls):
+            layer = layers[call.layer].layer
             self._check_arguments(call, layers[call.layer])
+            if isinstance(layer, Layer) and layer.clears_masks and not self.keras_2:
+                found.calls[number] = replace(call, clears_masks=True)
         for name, phase in found.ignored_phases.items():
             why = "overridden by the phase of the call, as Keras 3 does"
             if not phase:

@@ -74,7 +74,8 @@ class Input:
 class Call:
     """One call of a layer: a list of positional arguments and a dict of the others.
 
-    `training` is a phase fixed in the graph, None to follow the caller.
+    `training` is a phase fixed in the graph, None to follow the caller. `clears_masks`: in Keras 3
+    MultiHeadAttention takes the masks off the tensors it is called on, for all later calls too.
     """
 
     layer: str
@@ -82,6 +83,7 @@ class Call:
     inputs: Structure
     training: bool | None = None
     kwargs: Structure = _NO_ARGUMENTS
+    clears_masks: bool = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,12 +114,15 @@ class Graph:
         for call in self.calls:
             layer = placed[call.layer]
             phase = train if call.training is None else call.training
-            args, kwargs = call.inputs.fill(values), call.kwargs.fill(values)
+            args, kwargs = layer.bind(call.inputs.fill(values), call.kwargs.fill(values))
             masks = [masks_of(arg) for arg in args]
             with jax.named_scope(layer.name):
                 found = layer.call(variables, values_of(args), masks, values_of(kwargs), phase)
             for index, value in enumerate(jax.tree.leaves(with_masks(*found))):
                 values[Tensor(call.layer, call.number, index)] = value
+            for leaf in [*call.inputs.leaves, *call.kwargs.leaves] if call.clears_masks else []:
+                if isinstance(leaf, Tensor):
+                    values[leaf] = Masked(values[leaf].value)
         return self.outputs.fill(values)
 
 

@@ -83,6 +83,9 @@ class OptionReader:
                 if value is not None:
                     self.note(key, reason)
                 return
+        if key in rule.penalties:
+            self.note(key, _NOT_IN_THE_OUTPUTS["_regularizer"])
+            return
         allowed = rule.fixed.get(key, ())
         if allowed is not ANY and freeze(key, value) not in allowed:
             raise UnsupportedLayerError(f"option {key}={value!r}")

@@ -14,7 +14,7 @@ from fastgpu.importers.keras.hdf5 import datasets, read_array
 from fastgpu.importers.keras.layers.layer import Layer, Path
 from fastgpu.importers.keras.layers.operations import Operation
 from fastgpu.importers.keras.layers.placed import Placed
-from fastgpu.importers.keras.names import snake_case
+from fastgpu.importers.keras.names import group_name
 from fastgpu.importers.keras.weights import Stored
 
 _OLDER = "_layer_checkpoint_dependencies"
@@ -65,7 +65,7 @@ def layer_groups(graph: Graph, prefix: str = "") -> dict[str, Placed]:
     for placed in graph.layers:
         if isinstance(placed.layer, Operation):
             continue
-        name = snake_case(placed.class_name)
+        name = group_name(placed.class_name)
         count = counts.get(name, 0)
         counts[name] = count + 1
         group = f"{prefix}layers/{name}_{count}" if count else f"{prefix}layers/{name}"

@@ -1,6 +1,12 @@
 """The table of Keras layers: every class that fastgpu has an equal of, and its rule."""
 
 from fastgpu.importers.keras.layers.applications import CustomScaleLayer, LayerScale
+from fastgpu.importers.keras.layers.attention import (
+    AdditiveAttention,
+    Attention,
+    GroupedQueryAttention,
+    MultiHeadAttention,
+)
 from fastgpu.importers.keras.layers.cells import (
     GRUCell,
     LSTMCell,
@@ -8,7 +14,12 @@ from fastgpu.importers.keras.layers.cells import (
     StackedRNNCells,
 )
 from fastgpu.importers.keras.layers.conv_lstm import ConvLSTM
-from fastgpu.importers.keras.layers.convolution import Conv, DepthwiseConv, SeparableConv
+from fastgpu.importers.keras.layers.convolution import (
+    Conv,
+    ConvTranspose,
+    DepthwiseConv,
+    SeparableConv,
+)
 from fastgpu.importers.keras.layers.core import (
     ELU,
     ActivationLayer,
@@ -20,13 +31,18 @@ from fastgpu.importers.keras.layers.core import (
     PReLU,
     ReLU,
     Rescaling,
+    ReversibleEmbedding,
     Softmax,
+    ThresholdedReLU,
 )
+from fastgpu.importers.keras.layers.einsum_dense import EinsumDense
 from fastgpu.importers.keras.layers.layer import Layer, LayerState
+from fastgpu.importers.keras.layers.locally_connected import LocallyConnected
 from fastgpu.importers.keras.layers.merging import (
     Add,
     Average,
     Concatenate,
+    Dot,
     Maximum,
     Minimum,
     Multiply,
@@ -37,8 +53,15 @@ from fastgpu.importers.keras.layers.normalization import (
     LayerNormalization,
     Normalization,
 )
+from fastgpu.importers.keras.layers.normalization_by_example import (
+    GroupNormalization,
+    RMSNormalization,
+    UnitNormalization,
+)
 from fastgpu.importers.keras.layers.operations import OPERATIONS
 from fastgpu.importers.keras.layers.pooling import (
+    AdaptiveAveragePooling,
+    AdaptiveMaxPooling,
     AveragePooling,
     GlobalAveragePooling,
     GlobalMaxPooling,
@@ -54,6 +77,8 @@ from fastgpu.importers.keras.layers.recurrent import (
     SimpleRNN,
 )
 from fastgpu.importers.keras.layers.regularization import (
+    ActivityRegularization,
+    AlphaDropout,
     Dropout,
     GaussianDropout,
     GaussianNoise,
@@ -77,23 +102,33 @@ from fastgpu.importers.keras.layers.wrappers import (
 TABLE: dict[str, type[Layer]] = {
     # core
     "Dense": Dense,
+    "EinsumDense": EinsumDense,
     "Embedding": Embedding,
     "Identity": Identity,
     "Masking": Masking,
+    "ReversibleEmbedding": ReversibleEmbedding,
     "Wrapper": Wrapper,
     # convolution
     "Conv1D": Conv,
     "Conv2D": Conv,
     "Conv3D": Conv,
+    "Conv1DTranspose": ConvTranspose,
+    "Conv2DTranspose": ConvTranspose,
+    "Conv3DTranspose": ConvTranspose,
     "DepthwiseConv1D": DepthwiseConv,
     "DepthwiseConv2D": DepthwiseConv,
+    "LocallyConnected1D": LocallyConnected,
+    "LocallyConnected2D": LocallyConnected,
     "SeparableConv1D": SeparableConv,
     "SeparableConv2D": SeparableConv,
     # normalization
     "BatchNormalization": BatchNormalization,
+    "GroupNormalization": GroupNormalization,
     "LayerNormalization": LayerNormalization,
     "Normalization": Normalization,
+    "RMSNormalization": RMSNormalization,
     "SpectralNormalization": SpectralNormalization,
+    "UnitNormalization": UnitNormalization,
     "Rescaling": Rescaling,
     # activation
     "Activation": ActivationLayer,
@@ -102,15 +137,23 @@ TABLE: dict[str, type[Layer]] = {
     "PReLU": PReLU,
     "ReLU": ReLU,
     "Softmax": Softmax,
+    "ThresholdedReLU": ThresholdedReLU,
     # merging
     "Add": Add,
     "Average": Average,
     "Concatenate": Concatenate,
+    "Dot": Dot,
     "Maximum": Maximum,
     "Minimum": Minimum,
     "Multiply": Multiply,
     "Subtract": Subtract,
     # pooling
+    "AdaptiveAveragePooling1D": AdaptiveAveragePooling,
+    "AdaptiveAveragePooling2D": AdaptiveAveragePooling,
+    "AdaptiveAveragePooling3D": AdaptiveAveragePooling,
+    "AdaptiveMaxPooling1D": AdaptiveMaxPooling,
+    "AdaptiveMaxPooling2D": AdaptiveMaxPooling,
+    "AdaptiveMaxPooling3D": AdaptiveMaxPooling,
     "AveragePooling1D": AveragePooling,
     "AveragePooling2D": AveragePooling,
     "AveragePooling3D": AveragePooling,
@@ -138,12 +181,20 @@ TABLE: dict[str, type[Layer]] = {
     "ZeroPadding2D": ZeroPadding,
     "ZeroPadding3D": ZeroPadding,
     # regularization
+    "ActivityRegularization": ActivityRegularization,
+    "AlphaDropout": AlphaDropout,
     "Dropout": Dropout,
     "GaussianDropout": GaussianDropout,
     "GaussianNoise": GaussianNoise,
     "SpatialDropout1D": SpatialDropout,
     "SpatialDropout2D": SpatialDropout,
     "SpatialDropout3D": SpatialDropout,
+    # attention
+    "AdditiveAttention": AdditiveAttention,
+    "Attention": Attention,
+    "GroupQueryAttention": GroupedQueryAttention,
+    "GroupedQueryAttention": GroupedQueryAttention,
+    "MultiHeadAttention": MultiHeadAttention,
     # recurrent
     "Bidirectional": Bidirectional,
     "ConvLSTM1D": ConvLSTM,

@@ -79,6 +79,34 @@ class Embedding(Layer):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReversibleEmbedding(Embedding):
+    """ReversibleEmbedding: an embedding, and with `reverse=True` the logits of its rows."""
+
+    tie_weights: bool = True
+    reverse_dtype: str | None = None
+    logit_soft_cap: float | None = None
+
+    def call(
+        self, state: LayerState, x: jax.Array, *, train: bool, reverse: bool = False
+    ) -> jax.Array:
+        """Integers (...) to vectors (..., output_dim), or vectors to logits (..., input_dim)."""
+        shape = (self.input_dim, self.output_dim)
+        table = state.weight("embeddings", shape, self.embeddings_initializer)
+        kernel = table.T
+        if not self.tie_weights:
+            initializer = self.embeddings_initializer
+            kernel = state.weight("reverse_embeddings", shape[::-1], initializer)
+        if not reverse:
+            return jnp.take(table, x.astype("int32"), axis=0)
+        x = x.astype(kernel.dtype)
+        if self.reverse_dtype is not None:
+            x, kernel = x.astype(self.reverse_dtype), kernel.astype(self.reverse_dtype)
+        logits = x @ kernel
+        cap = self.logit_soft_cap
+        return logits if cap is None else jnp.tanh(logits / cap) * cap
+
+
+@dataclass(frozen=True, kw_only=True)
 class Masking(Layer):
     """Masking: zeros the steps whose features all equal a value, and masks them from here on."""
 
@@ -141,6 +169,18 @@ class LeakyReLU(Layer):
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """x above zero, slope * x below."""
         return nn.leaky_relu(x, self.negative_slope)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThresholdedReLU(Layer):
+    """ThresholdedReLU of Keras 2."""
+
+    theta: float = 1.0
+    supports_masking: ClassVar[bool] = True
+
+    def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
+        """x above the threshold, zero elsewhere."""
+        return jnp.where(x > self.theta, x, jnp.zeros_like(x))
 
 
 @dataclass(frozen=True, kw_only=True)

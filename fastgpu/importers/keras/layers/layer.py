@@ -137,20 +137,24 @@ class Layer:
     `autocast`: whether Keras casts floating inputs to the layer's compute dtype.
     `fixed`: options that are no fields, with the values fastgpu has an equal of (`ANY` for options
     that never change what the layer computes).
+    `penalties`: options that only add to the loss, which are reported as ignored.
     `renamed`: older names of options.
     `nested`: options that are layers themselves, each with the attribute under which Keras saves
     its weights; the field holds a `Placed`, or a tuple of them.
     `saved_twice`: how many of the layer's own weights a `.keras` file repeats from a nested layer.
     `mixes_batch`: whether in training an output depends on other examples of the batch.
+    `clears_masks`: whether in Keras 3 a call takes the masks off the tensors it is given.
     `supports_masking`: whether the mask of the first argument becomes that of the outputs.
     """
 
     autocast: ClassVar[bool] = True
     fixed: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    penalties: ClassVar[tuple[str, ...]] = ()
     renamed: ClassVar[dict[str, str]] = {}
     nested: ClassVar[dict[str, str]] = {}
     saved_twice: ClassVar[int] = 0
     mixes_batch: ClassVar[bool] = False
+    clears_masks: ClassVar[bool] = False
     supports_masking: ClassVar[bool] = False
 
     @classmethod

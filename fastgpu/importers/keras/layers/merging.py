@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from fastgpu.importers.keras.layers.layer import Layer, LayerState
 
@@ -114,6 +115,29 @@ class Concatenate(Layer):
     def call(self, state: LayerState, inputs: Sequence[jax.Array], *, train: bool) -> jax.Array:
         """Join the arrays."""
         return jnp.concatenate(inputs, self.axis)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dot(Layer):
+    """Dot: for every example the product of two arrays over one axis of each."""
+
+    axes: int | tuple[int, int]
+    normalize: bool = False
+
+    def call(self, state: LayerState, inputs: Sequence[jax.Array], *, train: bool) -> jax.Array:
+        """(batch, rest of the first, rest of the second); numbers become vectors of one."""
+        x, y = inputs
+        axes = (self.axes, self.axes) if isinstance(self.axes, int) else self.axes
+        a, b = axes[0] % x.ndim, axes[1] % y.ndim
+        if self.normalize:
+            x, y = _unit(x, a), _unit(y, b)
+        product = lax.dot_general(x, y, (((a,), (b,)), ((0,), (0,))))
+        return product[:, None] if product.ndim == 1 else product
+
+
+def _unit(x: jax.Array, axis: int) -> jax.Array:
+    power = jnp.sum(jnp.square(x), axis, keepdims=True)
+    return x * lax.rsqrt(jnp.maximum(power, 1e-12))
 
 
 def mask_list(masks: tuple[Any, ...], inputs: tuple[Any, ...]) -> list[Any]:

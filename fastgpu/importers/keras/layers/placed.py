@@ -1,5 +1,6 @@
 """A layer in its place in a model, and what happens around every call of one."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -59,6 +60,19 @@ class Placed:
             value = getattr(self.layer, option)
             found += value if isinstance(value, tuple) else [] if value is None else [value]
         return found
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], Any]:
+        """Move arguments given by name to their positions, where they keep their masks."""
+        bound, rest = list(args), dict(kwargs)
+        if isinstance(self.layer, Layer):
+            known = list(inspect.signature(self.layer.call).parameters.values())[1:]
+            for parameter in known[len(bound) :]:
+                if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+                    break
+                if parameter.name not in rest:
+                    break
+                bound.append(rest.pop(parameter.name))
+        return bound, rest
 
     def call(
         self,

@@ -21,6 +21,7 @@ from fastgpu.importers.keras.layers.core import Identity
 from fastgpu.importers.keras.layers.layer import Function, Layer, Path
 from fastgpu.importers.keras.layers.operations import Operation
 from fastgpu.importers.keras.layers.placed import Placed
+from fastgpu.importers.keras.layers.tf_operations import tf_operation
 from fastgpu.importers.keras.options import OptionReader, freeze
 
 Config = Mapping[str, Any]
@@ -29,8 +30,6 @@ _MODELS = (*_FUNCTIONAL, "Sequential")
 _DEEPEST = 32
 _REASONS = {
     "Lambda": "holds Python bytecode, which is never run",
-    "TFOpLambda": "a TensorFlow operation recorded by Keras 2",
-    "SlicingOpLambda": "a TensorFlow operation recorded by Keras 2",
 }
 
 
@@ -205,6 +204,8 @@ class ArchitectureReader:
             return self._model(class_name, config, path, frozen)
         if _is_operation(entry):
             return _operation(class_name, config)
+        if class_name in ("TFOpLambda", "SlicingOpLambda"):
+            return tf_operation(config)
         if class_name not in TABLE:
             raise UnsupportedLayerError(_REASONS.get(class_name, "no such layer in the table"))
         return self._options(path, frozen).build(TABLE[class_name], config)
@@ -229,9 +230,14 @@ class ArchitectureReader:
 
     def _check_arguments(self, call: Call, placed: Placed) -> None:
         """Refuse arguments of a call that a rule does not take."""
+        if any(refused.startswith(f"{'/'.join(placed.path)!r} ") for refused in self.refused):
+            return
         taken = {"mask"}
         if isinstance(placed.layer, Layer):
-            parameters = inspect.signature(placed.layer.call).parameters.values()
+            function = placed.layer.call
+            if isinstance(placed.layer, Function | Operation):
+                function = placed.layer.function
+            parameters = inspect.signature(function).parameters.values()
             if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
                 return
             taken = {parameter.name for parameter in parameters}

@@ -62,6 +62,8 @@ def read_calls(entries: Sequence[Config], models: Mapping[str, str]) -> Calls:
             if not args and "inputs" in kwargs:
                 args = [kwargs.pop("inputs")]
             training = kwargs.pop("training", None)
+            if entry["class_name"] in ("TFOpLambda", "SlicingOpLambda"):
+                kwargs.pop("name", None)
             kwargs = {key: value for key, value in kwargs.items() if value is not None}
             if not legacy and training is not None:
                 # Layers that are random only in training write their default, which says nothing.
@@ -108,7 +110,12 @@ def _legacy_node(
 def _legacy_leaf(value: Any, offsets: Mapping[str, int], names: set[str]) -> Any:
     """What may stand in a call of Keras 2: a triple that names a tensor, or a value."""
     if isinstance(value, dict):
-        return {key: _legacy_leaf(item, offsets, names) for key, item in value.items()}
+        if value.get("class_name") == "__ellipsis__":
+            return Slice(None, None, "...")
+        read = {key: _legacy_leaf(item, offsets, names) for key, item in value.items()}
+        if set(read) == {"start", "stop", "step"}:
+            return Slice(read["start"], read["stop"], read["step"])
+        return read
     if not isinstance(value, list):
         return value
     if len(value) == 3 and isinstance(value[0], str):

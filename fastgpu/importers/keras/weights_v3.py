@@ -83,7 +83,10 @@ def _with_children(group: str, placed: Placed) -> dict[str, Placed]:
 
 
 def _path(name: str, groups: Mapping[str, Placed]) -> Path | None:
-    """The path of the layer, or of the part of a layer, that a dataset belongs to."""
+    """The path of the layer, or of the part of a layer, that a dataset belongs to.
+
+    Whether an attribute is private changes from version to version.
+    """
     parent, found, number = name.rpartition("/vars/")
     if not found or "/" in number:
         return None
@@ -91,7 +94,7 @@ def _path(name: str, groups: Mapping[str, Placed]) -> Path | None:
     for length in range(len(parts), 0, -1):
         group = "/".join(parts[:length])
         if group in groups:
-            return (*groups[group].path, *parts[length:])
+            return (*groups[group].path, *(part.lstrip("_") for part in parts[length:]))
     return None
 
 

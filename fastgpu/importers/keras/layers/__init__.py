@@ -7,6 +7,12 @@ from fastgpu.importers.keras.layers.attention import (
     GroupedQueryAttention,
     MultiHeadAttention,
 )
+from fastgpu.importers.keras.layers.augmentation import (
+    INFERENCE_ONLY,
+    RandomBrightness,
+    RandomCrop,
+    RandomFlip,
+)
 from fastgpu.importers.keras.layers.cells import (
     GRUCell,
     LSTMCell,
@@ -66,6 +72,13 @@ from fastgpu.importers.keras.layers.pooling import (
     GlobalAveragePooling,
     GlobalMaxPooling,
     MaxPooling,
+)
+from fastgpu.importers.keras.layers.preprocessing import (
+    CategoryEncoding,
+    CenterCrop,
+    Discretization,
+    IntegerLookup,
+    Resizing,
 )
 from fastgpu.importers.keras.layers.recurrent import (
     GRU,
@@ -211,6 +224,17 @@ TABLE: dict[str, type[Layer]] = {
     "SimpleRNNCell": SimpleRNNCell,
     "StackedRNNCells": StackedRNNCells,
     "TimeDistributed": TimeDistributed,
+    # preprocessing
+    "CategoryEncoding": CategoryEncoding,
+    "CenterCrop": CenterCrop,
+    "Discretization": Discretization,
+    "IntegerLookup": IntegerLookup,
+    "Resizing": Resizing,
+    # augmentation
+    "RandomBrightness": RandomBrightness,
+    "RandomCrop": RandomCrop,
+    "RandomFlip": RandomFlip,
+    **INFERENCE_ONLY,
     # private to keras.applications
     "CustomScaleLayer": CustomScaleLayer,
     "LayerScale": LayerScale,

@@ -2,6 +2,7 @@
 
 import math
 import string
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -159,11 +160,18 @@ class MultiHeadAttention(_HeadedAttention):
     value_dim: int | None = None
     output_shape: int | tuple[int, ...] | None = None
     attention_axes: int | tuple[int, ...] | None = None
+    shifted: bool = False
     clears_masks: ClassVar[bool] = True
     fixed: ClassVar[dict[str, tuple[Any, ...]]] = {
         **_HeadedAttention.fixed,
         **{f"{name}_shape": ANY for name in ("query", "key", "value")},
+        "softmax_robust_masking": (False,),
     }
+
+    @classmethod
+    def complete(cls, config: Mapping[str, Any], keras_2: bool) -> Mapping[str, Any]:
+        """Keras 2 shifts masked scores instead of replacing them."""
+        return {**config, "shifted": keras_2}
 
     def call(
         self,
@@ -194,12 +202,12 @@ class MultiHeadAttention(_HeadedAttention):
         k = self.project(state, "key_dense", key, heads, self.key_dim)
         gate = None
         if self.use_gate:
-            gate = nn.sigmoid(self.project(state, "_gate_dense", query, heads, width))
+            gate = nn.sigmoid(self.project(state, "gate_dense", query, heads, width))
         v = self.project(state, "value_dense", value, heads, width)
         axes = self._axes(query.ndim)
         keep = _at_rank(keep, len(axes), q.ndim - 1 + len(axes))
         scores = None
-        if self.dropout > 0 or return_attention_scores or q.ndim != 4:
+        if self.dropout > 0 or return_attention_scores or q.ndim != 4 or self.shifted:
             output, scores = self._explicit(state, q, k, v, keep, axes, train)
         else:
             scale = 1 / math.sqrt(self.key_dim)
@@ -235,6 +243,9 @@ class MultiHeadAttention(_HeadedAttention):
         t, s = "".join(target), "".join(source)
         scores = jnp.einsum(f"{s},{t}->{pairs}", k, q * (1 / math.sqrt(self.key_dim)))
         over = tuple(range(scores.ndim - len(axes), scores.ndim))
+        if self.shifted and keep is not None:
+            lowest = -65504.0 if scores.dtype == jnp.float16 else -1e9
+            scores, keep = scores + jnp.where(keep, 0, lowest).astype(scores.dtype), None
         weights = masked_softmax(scores, keep, over if len(over) > 1 else -1)
         dropped = weights
         if train and self.dropout > 0:
@@ -275,11 +286,11 @@ class GroupedQueryAttention(_HeadedAttention):
         keep = self.keep(query, value, masks, attention_mask, use_causal_mask)
         heads, groups = self.num_query_heads, self.num_key_value_heads
         gate = None
-        q = self.project(state, "_query_dense", query, heads, self.head_dim)
-        k = self.project(state, "_key_dense", key, groups, self.head_dim)
+        q = self.project(state, "query_dense", query, heads, self.head_dim)
+        k = self.project(state, "key_dense", key, groups, self.head_dim)
         if self.use_gate:
-            gate = nn.sigmoid(self.project(state, "_gate_dense", query, heads, self.head_dim))
-        v = self.project(state, "_value_dense", value, groups, self.head_dim)
+            gate = nn.sigmoid(self.project(state, "gate_dense", query, heads, self.head_dim))
+        v = self.project(state, "value_dense", value, groups, self.head_dim)
         k, v = (jnp.repeat(x, heads // groups, axis=2) for x in (k, v))
         scores = None
         scale = 1 / math.sqrt(self.head_dim)
@@ -294,7 +305,7 @@ class GroupedQueryAttention(_HeadedAttention):
         else:
             output = fused_attention(q, k, v, keep, scale)
         output = output if gate is None else output * gate
-        output = self.combine(state, "_output_dense", output, (query.shape[-1],))
+        output = self.combine(state, "output_dense", output, (query.shape[-1],))
         return (output, scores) if return_attention_scores else output
 
 

@@ -14,6 +14,7 @@ from fastgpu.importers.keras.layers.initializers import GLOROT_UNIFORM, ZEROS, I
 from fastgpu.importers.keras.layers.layer import (
     ANY,
     DATA_FORMATS,
+    MERGED,
     Layer,
     LayerState,
     along_axis,
@@ -87,6 +88,7 @@ class Conv(_Convolution):
     filters: int
     groups: int = 1
     kernel_initializer: Initializer = GLOROT_UNIFORM
+    fixed: ClassVar[dict[str, tuple[Any, ...]]] = MERGED
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """Kernel (spatial..., in / groups, filters)."""

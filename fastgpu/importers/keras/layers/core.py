@@ -14,7 +14,7 @@ from fastgpu.importers.keras.layers.initializers import (
     ZEROS,
     Initializer,
 )
-from fastgpu.importers.keras.layers.layer import ANY, Layer, LayerState
+from fastgpu.importers.keras.layers.layer import ANY, MERGED, Layer, LayerState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Dense(Layer):
     use_bias: bool = True
     kernel_initializer: Initializer = GLOROT_UNIFORM
     bias_initializer: Initializer = ZEROS
-    fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"quantization_config": (None,)}
+    fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"quantization_config": (None,), **MERGED}
     supports_masking: ClassVar[bool] = True
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
@@ -63,6 +63,7 @@ class Embedding(Layer):
     fixed: ClassVar[dict[str, tuple[Any, ...]]] = {
         "input_length": ANY,
         "quantization_config": (None,),
+        **MERGED,
     }
 
     def output_mask(self, masks: tuple[Any, ...], *inputs: Any) -> Any:

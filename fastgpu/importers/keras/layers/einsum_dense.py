@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fastgpu.importers.keras.layers.activations import LINEAR, Activation
 from fastgpu.importers.keras.layers.initializers import GLOROT_UNIFORM, ZEROS, Initializer
-from fastgpu.importers.keras.layers.layer import Layer, LayerState
+from fastgpu.importers.keras.layers.layer import MERGED, Layer, LayerState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class EinsumDense(Layer):
     bias_axes: str | None = None
     kernel_initializer: Initializer = GLOROT_UNIFORM
     bias_initializer: Initializer = ZEROS
-    fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"quantization_config": (None,)}
+    fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"quantization_config": (None,), **MERGED}
 
     def __post_init__(self) -> None:
         """Refuse equations that Keras does not define."""

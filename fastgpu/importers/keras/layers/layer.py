@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Path = tuple[str, ...]
 ANY: tuple[Any, ...] = ("any value",)
+# LoRA's two factors are merged into the kernel of a file.
+MERGED: dict[str, tuple[Any, ...]] = {"lora_rank": ANY, "lora_alpha": ANY}
 
 
 class Variables(Protocol):
@@ -178,9 +180,9 @@ class Function(Layer):
     function: Callable[..., Any]
     autocast: ClassVar[bool] = False
 
-    def call(self, state: LayerState, *inputs: Any, train: bool) -> Any:
-        """Call the user's function on the layer's inputs."""
-        return self.function(*inputs)
+    def call(self, state: LayerState, *inputs: Any, train: bool, **kwargs: Any) -> Any:
+        """Call the user's function on what the layer is called with."""
+        return self.function(*inputs, **kwargs)
 
 
 def spatial_axes(data_format: str, ndim: int) -> tuple[int, ...]:

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from fastgpu.errors import UnsupportedLayerError
-from fastgpu.importers import from_keras
-from fastgpu.importers.keras.layers import TABLE, Layer
+from fastgpu.errors import ConfigurationError, UnsupportedLayerError
+from fastgpu.importers import from_keras, register_keras_layer
+from fastgpu.importers.keras.layers import REFUSED, TABLE, Layer
 from fastgpu.importers.keras.layers.activations import ACTIVATIONS
+from fastgpu.importers.keras.layers.augmentation import INFERENCE_ONLY
 from fastgpu.importers.keras.layers.initializers import ONES
 from fastgpu.importers.keras.layers.layer import LayerState
 
@@ -45,6 +46,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
     ("LayerNormalization", {}, SERIES),
     ("LayerNormalization", {"axis": [1, 2], "center": False}, IMAGE),
     ("LayerNormalization", {"axis": 1, "scale": False}, IMAGE),
+    ("LayerNormalization", {"rms_scaling": True}, IMAGE),
     ("Normalization", {}, IMAGE),
     ("Normalization", {"axis": None, "mean": 2.0, "variance": 4.0}, IMAGE),
     (
@@ -155,7 +157,9 @@ ELSEWHERE = {
     *("GroupQueryAttention", "GroupedQueryAttention", "ThresholdedReLU", "LocallyConnected1D"),
     *("LocallyConnected2D", "CuDNNLSTM", "CuDNNGRU", "LSTM", "GRU", "SimpleRNN", "LSTMCell"),
     *("GRUCell", "SimpleRNNCell", "StackedRNNCells", "RNN", "Bidirectional", "TimeDistributed"),
-    *("ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D"),
+    *("ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D", "AutoContrast", "CategoryEncoding", "CenterCrop"),
+    *("Discretization", "IntegerLookup", "Pipeline", "Resizing", "RandomBrightness"),
+    *("RandomCrop", "RandomFlip", *INFERENCE_ONLY),
 }
 MERGES = ["Add", "Average", "Concatenate", "Maximum", "Minimum", "Multiply", "Subtract"]
 
@@ -184,6 +188,7 @@ def batch(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 1, (2, *shape)).astype("float32")
 
 
+@pytest.mark.filterwarnings("ignore:You passed `rms_scaling=True`")
 @pytest.mark.parametrize(("name", "options", "shape"), CASES)
 def test_layer_equals_keras(
     keras: Any, run: Any, randomize: Any, name: str, options: dict[str, Any], shape: tuple[int, ...]
@@ -277,6 +282,16 @@ def test_layers_of_applications_equal_keras(keras: Any, run: Any, randomize: Any
     assert_equal(run, imported, model, batch((4,)))
 
 
+def test_every_class_of_keras_is_in_the_table_or_refused_with_a_reason(keras: Any) -> None:
+    exported = {
+        value.__name__
+        for value in vars(keras.layers).values()
+        if isinstance(value, type) and issubclass(value, keras.layers.Layer)
+    }
+    assert exported - {"InputLayer", "CLAHE"} <= set(TABLE) | set(REFUSED)
+    assert not set(TABLE) & set(REFUSED)
+
+
 def test_every_class_of_the_table_has_a_case() -> None:
     tested = {name for name, _, _ in CASES} | set(MERGES)
     assert not tested & ELSEWHERE
@@ -333,8 +348,8 @@ def test_all_layers_without_a_rule_are_named_at_once(keras: Any) -> None:
     layers = keras.layers
     model = keras.Sequential(
         [
-            keras.Input((5, 4, 3)),
-            layers.RandomPerspective(name="perspective"),
+            keras.Input((5, 4)),
+            layers.Hashing(4, name="bins"),
             layers.Lambda(lambda x: x * 2, name="twice"),
             layers.Dense(2, name="fine"),
             layers.BatchNormalization(renorm=True, name="renormed"),
@@ -342,7 +357,7 @@ def test_all_layers_without_a_rule_are_named_at_once(keras: Any) -> None:
     )
     message = refusal(model)
     assert "3 of its layers cannot be imported" in message
-    assert "'perspective' (RandomPerspective: no such layer in the table)" in message
+    assert "'bins' (Hashing: hashes strings, also those of numbers)" in message
     assert "'twice' (Lambda: holds Python bytecode, which is never run)" in message
     assert "'renormed' (BatchNormalization: option renorm=True)" in message
     assert "fine" not in message
@@ -416,6 +431,29 @@ def test_a_custom_layer_with_weights_gets_a_rule(keras: Any, run: Any, randomize
     imported = from_keras(model, custom_objects={"Scale": ScaleRule})
     assert imported.variables["params"]["scale"]["factor"].shape == (3,)
     assert_equal(run, imported, model, batch((3,)))
+
+
+def test_a_registered_rule_holds_for_every_import(keras: Any, run: Any) -> None:
+    @keras.saving.register_keras_serializable("tests")
+    class Shift(keras.layers.Layer):
+        def call(self, x: Any) -> Any:
+            return x + 3
+
+    @dataclass(frozen=True, kw_only=True)
+    class ShiftRule(Layer):
+        def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
+            return x + 3
+
+    model = keras.Sequential([keras.Input((3,)), Shift()])
+    assert "a custom class" in refusal(model)
+    assert register_keras_layer("tests>Shift")(ShiftRule) is ShiftRule
+    assert_equal(run, from_keras(model), model, batch((3,)))
+    with pytest.raises(ConfigurationError, match="registered already"):
+        register_keras_layer("tests>Shift")(type("Other", (ShiftRule,), {}))
+    with pytest.raises(ConfigurationError, match="built-in class"):
+        register_keras_layer("Dense")(ShiftRule)
+    with pytest.raises(ConfigurationError, match="no rule"):
+        register_keras_layer("Mine")(lambda x: x)
 
 
 def test_regularizers_are_reported_as_ignored(keras: Any) -> None:

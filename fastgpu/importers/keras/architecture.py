@@ -16,11 +16,12 @@ from fastgpu.importers.imported import ImportReport
 from fastgpu.importers.keras.calls import order_calls, read_calls, read_structure
 from fastgpu.importers.keras.dtypes import Policy
 from fastgpu.importers.keras.graph import Call, Graph, Input, Structure, Tensor
-from fastgpu.importers.keras.layers import TABLE
+from fastgpu.importers.keras.layers import REFUSED, TABLE
 from fastgpu.importers.keras.layers.core import Identity
 from fastgpu.importers.keras.layers.layer import Function, Layer, Path
 from fastgpu.importers.keras.layers.operations import Operation
 from fastgpu.importers.keras.layers.placed import Placed
+from fastgpu.importers.keras.layers.registry import REGISTERED
 from fastgpu.importers.keras.layers.tf_operations import tf_operation
 from fastgpu.importers.keras.options import OptionReader, freeze
 
@@ -28,9 +29,6 @@ Config = Mapping[str, Any]
 _FUNCTIONAL = ("Functional", "Model")
 _MODELS = (*_FUNCTIONAL, "Sequential")
 _DEEPEST = 32
-_REASONS = {
-    "Lambda": "holds Python bytecode, which is never run",
-}
 
 
 def read_graph(
@@ -50,7 +48,8 @@ def read_graph(
             expected="classes and options of fastgpu.importers.keras.layers.TABLE",
             got="; ".join(reader.refused),
             fix="pass custom_objects={name or class: replacement}: a function of the layer's "
-            "inputs, or a fastgpu.importers.keras.layers.Layer subclass if it has weights",
+            "inputs, or a fastgpu.importers.keras.layers.Layer subclass if it has weights, which "
+            "register_keras_layer makes known to every import",
         )
     return graph
 
@@ -199,6 +198,9 @@ class ArchitectureReader:
             return self._custom(custom, config, path, frozen)
         class_name = custom or class_name
         if custom is None and not _is_builtin(entry):
+            for known in (entry.get("registered_name"), class_name):
+                if known in REGISTERED:
+                    return self._options(path, frozen).build(REGISTERED[known], config)
             raise UnsupportedLayerError(f"a custom class of {entry.get('module')!r}")
         if class_name in _MODELS:
             return self._model(class_name, config, path, frozen)
@@ -207,7 +209,7 @@ class ArchitectureReader:
         if class_name in ("TFOpLambda", "SlicingOpLambda"):
             return tf_operation(config)
         if class_name not in TABLE:
-            raise UnsupportedLayerError(_REASONS.get(class_name, "no such layer in the table"))
+            raise UnsupportedLayerError(REFUSED.get(class_name, "no such layer in the table"))
         return self._options(path, frozen).build(TABLE[class_name], config)
 
     def _custom(self, custom: Any, config: Config, path: Path, frozen: bool) -> Layer:

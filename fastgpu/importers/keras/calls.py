@@ -66,13 +66,19 @@ def read_calls(entries: Sequence[Config], models: Mapping[str, str]) -> Calls:
                 kwargs.pop("name", None)
             kwargs = {key: value for key, value in kwargs.items() if value is not None}
             if not legacy and training is not None:
-                # Layers that are random only in training write their default, which says nothing.
-                if training or not entry["class_name"].endswith(("Dropout", "Noise")):
+                if not _is_default(entry["class_name"], training):
                     found.ignored_phases[name] = training
                 training = None
             call = Call(name, number, Structure.of(args), training, Structure.of(kwargs))
             found.calls.append(call)
     return found
+
+
+def _is_default(class_name: str, training: bool) -> bool:
+    """Whether a phase is what Keras writes for a layer by itself, which says nothing."""
+    if training:
+        return class_name.startswith("Random")
+    return class_name.endswith(("Dropout", "Noise", "RNN", "LSTM", "GRU"))
 
 
 def entry_name(entry: Config) -> str:

@@ -83,6 +83,8 @@ class OptionReader:
                 if value is not None:
                     self.note(key, reason)
                 return
+        if key == "autocast" and value is True:  # The rule's own `autocast` decides.
+            return
         if key in rule.penalties:
             self.note(key, _NOT_IN_THE_OUTPUTS["_regularizer"])
             return

@@ -1,4 +1,7 @@
-"""The table of Keras layers: every class that fastgpu has an equal of, and its rule."""
+"""The table of Keras layers: every class that fastgpu has an equal of, and its rule.
+
+The others are in `REFUSED`, each with the reason.
+"""
 
 from fastgpu.importers.keras.layers.applications import CustomScaleLayer, LayerScale
 from fastgpu.importers.keras.layers.attention import (
@@ -74,6 +77,7 @@ from fastgpu.importers.keras.layers.pooling import (
     MaxPooling,
 )
 from fastgpu.importers.keras.layers.preprocessing import (
+    AutoContrast,
     CategoryEncoding,
     CenterCrop,
     Discretization,
@@ -107,6 +111,7 @@ from fastgpu.importers.keras.layers.reshaping import (
     ZeroPadding,
 )
 from fastgpu.importers.keras.layers.wrappers import (
+    Pipeline,
     SpectralNormalization,
     TimeDistributed,
     Wrapper,
@@ -225,10 +230,12 @@ TABLE: dict[str, type[Layer]] = {
     "StackedRNNCells": StackedRNNCells,
     "TimeDistributed": TimeDistributed,
     # preprocessing
+    "AutoContrast": AutoContrast,
     "CategoryEncoding": CategoryEncoding,
     "CenterCrop": CenterCrop,
     "Discretization": Discretization,
     "IntegerLookup": IntegerLookup,
+    "Pipeline": Pipeline,
     "Resizing": Resizing,
     # augmentation
     "RandomBrightness": RandomBrightness,
@@ -240,4 +247,23 @@ TABLE: dict[str, type[Layer]] = {
     "LayerScale": LayerScale,
 }
 
-__all__ = ["OPERATIONS", "TABLE", "Layer", "LayerState"]
+REFUSED: dict[str, str] = {
+    "ContrastLimitedAdaptiveHistogramEqualization": "its histograms have no equal here",
+    "DenseFeatures": "feature columns are TensorFlow code",
+    "FlaxLayer": "its code is not in the file",
+    "HashedCrossing": "hashes strings",
+    "Hashing": "hashes strings, also those of numbers",
+    "JaxLayer": "its code is not in the file",
+    "Lambda": "holds Python bytecode, which is never run",
+    "Layer": "the base class computes nothing",
+    "MaxNumBoundingBoxes": "works on bounding boxes, not on arrays",
+    "MelSpectrogram": "no equal yet",
+    "STFTSpectrogram": "no equal yet",
+    "StringLookup": "strings are no arrays: look them up before the model",
+    "TFSMLayer": "runs a TensorFlow program",
+    "TensorFlowOpLayer": "a TensorFlow node recorded before Keras 2.4: save it anew",
+    "TextVectorization": "strings are no arrays: vectorize them before the model",
+    "TorchModuleWrapper": "its code is not in the file",
+}
+
+__all__ = ["OPERATIONS", "REFUSED", "TABLE", "Layer", "LayerState"]

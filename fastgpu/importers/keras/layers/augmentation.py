@@ -1,5 +1,6 @@
 """Random augmentation of images: nothing in inference, noise from "dropout" in training."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,9 +16,17 @@ from fastgpu.importers.keras.layers.layer import (
     one_of,
     spatial_axes,
 )
-from fastgpu.importers.keras.layers.preprocessing import centered
+from fastgpu.importers.keras.layers.preprocessing import centered, crop_to_ratio, resize
 
-_FIXED = {"seed": ANY, "value_range": ANY, "data_format": ANY, "bounding_box_format": ANY}
+# What changes only which numbers are drawn, or how other data than images is treated.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "seed": ANY,
+    "rng_type": ANY,
+    "auto_vectorize": ANY,
+    "bounding_box_format": ANY,
+    "value_range": ANY,
+    "data_format": ANY,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +35,7 @@ class RandomFlip(Layer):
 
     mode: str = "horizontal_and_vertical"
     data_format: str = "channels_last"
-    fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"seed": ANY, "value_range": ANY}
+    fixed: ClassVar[dict[str, tuple[Any, ...]]] = _FIXED
 
     def __post_init__(self) -> None:
         """Refuse option values that Keras does not define."""
@@ -52,7 +61,7 @@ class RandomBrightness(Layer):
 
     factor: float | tuple[float, float]
     value_range: tuple[float, float] = (0, 255)
-    fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"seed": ANY, "data_format": ANY}
+    fixed: ClassVar[dict[str, tuple[Any, ...]]] = _FIXED
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """Brighten or darken every image."""
@@ -69,12 +78,21 @@ class RandomBrightness(Layer):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomCrop(Layer):
-    """RandomCrop: the middle of an image in inference, a random part of each in training."""
+    """RandomCrop: in training one random part of all images of a batch.
+
+    In inference Keras 3 leaves images as large as they are; Keras 2 takes their middle.
+    """
 
     height: int
     width: int
     data_format: str = "channels_last"
-    fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"seed": ANY}
+    crops_always: bool = False
+    fixed: ClassVar[dict[str, tuple[Any, ...]]] = _FIXED
+
+    @classmethod
+    def complete(cls, config: Mapping[str, Any], keras_2: bool) -> Mapping[str, Any]:
+        """Which of the two Keras it is."""
+        return {**config, "crops_always": keras_2}
 
     def __post_init__(self) -> None:
         """Refuse option values that Keras does not define."""
@@ -82,13 +100,12 @@ class RandomCrop(Layer):
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """(batch, height, width, channels) to the new height and width."""
-        x = x.astype(state.policy.compute_dtype)
         if not train:
-            return centered(x, self)
+            return centered(x, self) if self.crops_always else x
         axes, size = spatial_axes(self.data_format, x.ndim), (self.height, self.width)
         spare = [x.shape[axis] - length for axis, length in zip(axes, size, strict=True)]
-        if min(spare) < 0:
-            return centered(x, self)
+        if min(spare) <= 0:
+            return resize(crop_to_ratio(x, size, axes), size, axes, "bilinear", False)
         for axis, extra, length in zip(axes, spare, size, strict=True):
             start = jax.random.randint(state.key(), (), 0, extra + 1)
             x = jax.lax.dynamic_slice_in_dim(x, start, length, axis)
@@ -122,6 +139,7 @@ _FILL = ("fill_mode", "fill_value", "interpolation")
 _INFERENCE_ONLY: dict[str, tuple[str, ...]] = {
     "AugMix": ("num_chains", "chain_depth", "factor", "alpha", "all_ops", "interpolation"),
     "CutMix": ("factor",),
+    "Equalization": ("bins",),
     "MixUp": ("alpha",),
     "RandAugment": ("num_ops", "factor", "interpolation"),
     "RandomColorDegeneration": ("factor",),
@@ -142,6 +160,7 @@ _INFERENCE_ONLY: dict[str, tuple[str, ...]] = {
     "RandomSharpness": ("factor",),
     "RandomShear": ("x_factor", "y_factor", *_FILL),
     "RandomTranslation": ("height_factor", "width_factor", *_FILL),
+    "Solarization": ("addition_factor", "threshold_factor"),
     "RandomZoom": ("height_factor", "width_factor", *_FILL),
 }
 INFERENCE_ONLY = {

@@ -141,11 +141,11 @@ class LayerNormalization(Layer):
     beta_initializer: Initializer = ZEROS
     gamma_initializer: Initializer = ONES
     autocast: ClassVar[bool] = False
-    fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"rms_scaling": (False,)}
+    rms_scaling: bool = False
     supports_masking: ClassVar[bool] = True
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
-        """Normalize every example over the given axes."""
+        """Normalize every example over the given axes; `rms_scaling` does not take off the mean."""
         axes = (self.axis,) if isinstance(self.axis, int) else self.axis
         axes = tuple(sorted(positive_axis(axis, x.ndim) for axis in axes))
         shape = tuple(x.shape[axis] for axis in axes)
@@ -155,11 +155,11 @@ class LayerNormalization(Layer):
         mean = jnp.mean(x, axes, keepdims=True)
         variance = jnp.mean(jnp.square(x - mean), axes, keepdims=True)
         factor = lax.rsqrt(variance + self.epsilon)
-        if self.scale:
+        if self.scale or self.rms_scaling:
             gamma = state.weight("gamma", shape, self.gamma_initializer, autocast=False)
             factor = factor * gamma.astype(dtype).reshape(broadcast)
-        offset = -mean * factor
-        if self.center:
+        offset = jnp.zeros_like(mean) if self.rms_scaling else -mean * factor
+        if self.center and not self.rms_scaling:
             beta = state.weight("beta", shape, self.beta_initializer, autocast=False)
             offset = offset + beta.astype(dtype).reshape(broadcast)
         return (x * factor + offset).astype(original).astype(state.policy.compute_dtype)

@@ -124,6 +124,23 @@ def crop_to_ratio(x: jax.Array, size: tuple[int, int], axes: tuple[int, ...]) ->
 
 
 @dataclass(frozen=True, kw_only=True)
+class AutoContrast(Layer):
+    """AutoContrast: every channel of every image is stretched over the whole range of values."""
+
+    value_range: tuple[float, float] = (0, 255)
+    fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"data_format": ANY, "bounding_box_format": ANY}
+
+    def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
+        """Channels of one value stay as they are."""
+        x = x.astype(state.policy.compute_dtype)
+        low = jnp.min(x, axis=(1, 2), keepdims=True)
+        spread = jnp.max(x, axis=(1, 2), keepdims=True) - low
+        first, last = self.value_range
+        y = (x - low) / jnp.where(spread == 0, 1, spread) * (last - first) + first
+        return jnp.where(spread == 0, x, jnp.clip(y, first, last))
+
+
+@dataclass(frozen=True, kw_only=True)
 class CategoryEncoding(Layer):
     """CategoryEncoding of integers below `num_tokens`."""
 
@@ -186,6 +203,8 @@ class IntegerLookup(Layer):
         "sparse": (False,),
         "idf_weights": (None,),
         "oov_token": ANY,
+        "oov_method": ANY,
+        "salt": ANY,
         "vocabulary_size": ANY,
         "vocabulary_dtype": ANY,
         "encoding": ANY,
@@ -208,8 +227,8 @@ class IntegerLookup(Layer):
         unknown = first if self.num_oov_indices else -1
         index = jnp.asarray(order)[place] + first + self.num_oov_indices
         index = jnp.where(jnp.asarray(words[order])[place] == x, index, unknown)
-        if counts_mask:
-            index = jnp.where(x == self.mask_token, 0, index)
+        if self.mask_token is not None:  # Encodings leave it out: -1 is no one-hot vector.
+            index = jnp.where(x == self.mask_token, 0 if counts_mask else -1, index)
         size = len(words) + self.num_oov_indices
         size = self.max_tokens if self.pad_to_max_tokens and self.max_tokens else size
         dtype = "int64" if self.output_mode == "int" else state.policy.compute_dtype

@@ -28,6 +28,21 @@ class Wrapper(Layer):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pipeline(Layer):
+    """Pipeline: preprocessing layers one after the other."""
+
+    layers: tuple[Placed, ...]
+    nested: ClassVar[dict[str, str]] = {"layers": "pipeline_layers"}
+    autocast: ClassVar[bool] = False
+
+    def call(self, state: LayerState, x: Any, *, train: bool) -> Any:
+        """Call the layers in turn."""
+        for layer in self.layers:
+            x = state.call(layer, x, train=train)
+        return x
+
+
+@dataclass(frozen=True, kw_only=True)
 class TimeDistributed(Layer):
     """TimeDistributed: the same layer at every step.
 

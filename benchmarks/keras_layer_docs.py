@@ -21,7 +21,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "keras_conformance.json"
 _HEAD = """# Keras layers
 
 What `from_keras` does with every layer class. Written by `python benchmarks/keras_layer_docs.py`
-from the table in `fastgpu/importers/keras/layers` and the last run of `benchmarks/keras_conformance.py`.
+from the table in `fastgpu/importers/keras/layers` and the last run of
+`benchmarks/keras_conformance.py`.
 
 A class or an option that is not listed is refused by name, before any weight is read. A class of
 your own gets a rule with `@fastgpu.register_keras_layer("my_package>Scale")`, or for one import

@@ -110,6 +110,7 @@ from fastgpu.importers.keras.layers.reshaping import (
     UpSampling,
     ZeroPadding,
 )
+from fastgpu.importers.keras.layers.spectrogram import MelSpectrogram, STFTSpectrogram
 from fastgpu.importers.keras.layers.wrappers import (
     Pipeline,
     SpectralNormalization,
@@ -235,8 +236,10 @@ TABLE: dict[str, type[Layer]] = {
     "CenterCrop": CenterCrop,
     "Discretization": Discretization,
     "IntegerLookup": IntegerLookup,
+    "MelSpectrogram": MelSpectrogram,
     "Pipeline": Pipeline,
     "Resizing": Resizing,
+    "STFTSpectrogram": STFTSpectrogram,
     # augmentation
     "RandomBrightness": RandomBrightness,
     "RandomCrop": RandomCrop,
@@ -257,8 +260,6 @@ REFUSED: dict[str, str] = {
     "Lambda": "holds Python bytecode, which is never run",
     "Layer": "the base class computes nothing",
     "MaxNumBoundingBoxes": "works on bounding boxes, not on arrays",
-    "MelSpectrogram": "no equal yet",
-    "STFTSpectrogram": "no equal yet",
     "StringLookup": "strings are no arrays: look them up before the model",
     "TFSMLayer": "runs a TensorFlow program",
     "TensorFlowOpLayer": "a TensorFlow node recorded before Keras 2.4: save it anew",

@@ -23,7 +23,6 @@ import sys
 import tempfile
 import types
 import unittest
-import unittest.mock
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -85,17 +84,20 @@ def collect() -> Iterator[tuple[type, dict[str, Any], Any]]:
             inputs = input_data if input_data is not None else sample(input_shape, input_dtype)
             found.append((layer_cls, dict(init_kwargs), inputs))
 
-    testing.TestCase.run_layer_test = record
+    setattr(testing.TestCase, "run_layer_test", record)  # noqa: B010
     for module in pkgutil.walk_packages(layers.__path__, "keras.src.layers."):
         if not module.name.endswith("_test"):
             continue
+        # Some tests import what only Keras's data pipelines need.
+        stand_in = sys.modules.setdefault("grain", types.ModuleType("grain"))
         try:
-            # Some tests import what only Keras's data pipelines need.
-            with unittest.mock.patch.dict(sys.modules, {"grain": types.ModuleType("grain")}):
-                tests = importlib.import_module(module.name)
+            tests = importlib.import_module(module.name)
         except Exception as error:  # A test may need packages that are not installed.
             print(f"left out {module.name}: {brief(error)}")
             continue
+        finally:
+            if not hasattr(stand_in, "__file__"):
+                sys.modules.pop("grain", None)
         for _, case in inspect.getmembers(tests, inspect.isclass):
             if issubclass(case, unittest.TestCase) and case.__module__ == module.name:
                 _run(case)
@@ -136,7 +138,7 @@ def judge(layer_class: type, options: dict[str, Any], inputs: Any) -> dict[str, 
     arrays = jax.tree.map(np.asarray, inputs)
     symbols = jax.tree.map(lambda x: keras.Input(batch_shape=x.shape, dtype=str(x.dtype)), arrays)
     layer = layer_class(**options)
-    model = keras.Model(symbols, layer(symbols))
+    model: Any = keras.Model(symbols, layer(symbols))
     rng = np.random.default_rng(0)
     for weight in model.weights:
         if "float" in str(weight.dtype) and "count" not in weight.path:
@@ -145,7 +147,8 @@ def judge(layer_class: type, options: dict[str, Any], inputs: Any) -> dict[str, 
         path = Path(folder) / "m.keras"
         model.save(path)
         golden = model(arrays, training=False)
-        again = keras.models.load_model(path, safe_mode=False)(arrays, training=False)
+        loaded: Any = keras.models.load_model(path, safe_mode=False)
+        again = loaded(arrays, training=False)
         if not agree(again, golden, TOLERANCE):
             return {"outcome": "not reproduced by Keras", "why": "other outputs when reloaded"}
         try:

@@ -250,7 +250,7 @@ def _pair(
     """
     layer = "/".join(owner)
     names = [wanted.name for _, wanted in declared]
-    if declared and not Counter(names) - Counter(found.name for found in stored):
+    if declared and not Counter(names) - Counter(found.name or "" for found in stored):
         left = list(stored)
         matches = []
         for path, wanted in declared:

@@ -103,7 +103,7 @@ class ConvTranspose(_Convolution):
     """Conv1DTranspose, Conv2DTranspose, Conv3DTranspose."""
 
     filters: int
-    output_padding: int | tuple[int | None, ...] | None = None
+    output_padding: int | tuple[int, ...] | None = None
     kernel_initializer: Initializer = GLOROT_UNIFORM
     fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"groups": (1,)}
 
@@ -138,7 +138,7 @@ class ConvTranspose(_Convolution):
             k = (k - 1) * d + 1
             same = self.padding == "same"
             full = (n - 1) * s + k
-            out = full - 2 * (k // 2 if same else 0) + (more or 0)
+            out = full - 2 * (k // 2 if same else 0) + more
             left = max(full - out, 0) // 2 if same else 0
             pads.append((k - 1 - left, out - full + k - 1 + left))
         return pads

@@ -23,7 +23,10 @@ class Masked:
 class Model(Protocol):
     """What a nested model offers; see `Graph`."""
 
-    layers: "tuple[Placed, ...]"
+    @property
+    def layers(self) -> "tuple[Placed, ...]":
+        """The layers of the model."""
+        ...
 
     def run(self, variables: Variables, inputs: Sequence[Any], train: bool) -> Any:
         """The nested structure of `Masked` outputs for one of `Masked` inputs."""

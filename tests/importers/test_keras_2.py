@@ -102,7 +102,7 @@ def test_thresholded_relu(tmp_path: Path) -> None:
     np.testing.assert_array_equal(call(path, x), np.array([[0, 0, 0.6]], "float32"))
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("kind", ["LSTM", pytest.param("GRU", marks=pytest.mark.slow)])
 def test_cudnn_layers_read_the_memory_of_their_kernels_transposed(
     tmp_path: Path, kind: str
 ) -> None:

@@ -54,6 +54,7 @@ def test_attention_layers_equal_keras(keras: Any, randomize: Any, run: Any, tmp_
         "additive": layers.AdditiveAttention()([q, v]),
         "additive_plain": layers.AdditiveAttention(use_scale=False)([q, v, k]),
     }
+    outputs = {name: outputs[name] for name in names or outputs}
     model = randomize(keras.Model([q, v, k, grid], outputs))
     model.save(tmp_path / "m.keras")
     x = [batch((4, 6)), batch((5, 6), 1), batch((5, 6), 2), batch((3, 4, 6), 3)]
@@ -93,6 +94,7 @@ def test_masks_of_attention_as_in_keras(keras: Any, randomize: Any, run: Any) ->
     assert_close(got, run(lambda *xs: model(list(xs)), *x))
 
 
+@pytest.mark.slow
 def test_values_may_be_wider_than_keys(keras: Any, randomize: Any, run: Any) -> None:
     """Keras on JAX fails here unless it is asked for the scores, which go another way."""
     q = keras.Input((4, 6))
@@ -121,6 +123,7 @@ def test_dropout_of_attention_scores(keras: Any, randomize: Any) -> None:
     assert float(jnp.mean(weights == 0)) == pytest.approx(0.25, abs=0.02)
 
 
+@pytest.mark.slow
 def test_gradients_of_attention_equal_keras(keras: Any, randomize: Any, run: Any) -> None:
     q = keras.Input((4, 6))
     layer = keras.layers.MultiHeadAttention(2, 3, name="heads")

@@ -255,7 +255,9 @@ def test_reversible_embedding_equals_keras(keras: Any, run: Any, randomize: Any)
     assert_equal(run, from_keras(model), model, np.array([[1, 2, 3, 4, 10]]))
 
 
-@pytest.mark.parametrize("name", ["Dense", "Conv1D", "Embedding"])
+@pytest.mark.parametrize(
+    "name", ["Dense", *(pytest.param(n, marks=pytest.mark.slow) for n in ("Conv1D", "Embedding"))]
+)
 def test_spectral_normalization_equals_keras(
     keras: Any, randomize: Any, tmp_path: Path, name: str
 ) -> None:

@@ -38,6 +38,7 @@ def assert_close(got: Any, want: Any) -> None:
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_image_layers_equal_keras(keras: Any) -> None:
     layers, first = keras.layers, {"data_format": "channels_first"}
     x = keras.Input(IMAGE)
@@ -67,6 +68,7 @@ def test_resizing_keeps_integers(keras: Any) -> None:
     assert_close(imported.module.apply(imported.variables, batch), model(batch))
 
 
+@pytest.mark.slow
 def test_encodings_equal_keras(keras: Any) -> None:
     layers = keras.layers
     tokens, numbers = keras.Input((4,), dtype="int32"), keras.Input((4,))
@@ -88,7 +90,9 @@ def test_encodings_equal_keras(keras: Any) -> None:
         np.testing.assert_array_equal(g, w)
 
 
-@pytest.mark.parametrize("mode", ["int", "one_hot", "multi_hot", "count"])
+@pytest.mark.parametrize(
+    "mode", ["int", *(pytest.param(m, marks=pytest.mark.slow) for m in ("one_hot", "multi_hot"))]
+)
 def test_integer_lookup_equals_keras(keras: Any, mode: str) -> None:
     layer = keras.layers.IntegerLookup(vocabulary=[12, 36, 7], mask_token=0, output_mode=mode)
     config = layer.get_config()
@@ -105,7 +109,13 @@ def test_integer_lookup_equals_keras(keras: Any, mode: str) -> None:
 
 # Equalization hands its input through, which Keras's own graphs take for a cycle.
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", sorted(set(INFERENCE_ONLY) - {"Equalization"}))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "RandomRotation" else pytest.mark.slow)
+        for name in sorted(set(INFERENCE_ONLY) - {"Equalization"})
+    ],
+)
 def test_augmentation_is_nothing_in_inference_and_refused_in_training(
     keras: Any, name: str
 ) -> None:

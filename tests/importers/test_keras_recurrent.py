@@ -14,6 +14,10 @@ from fastgpu.importers import from_keras
 STEPS, FEATURES = 5, 3
 
 
+# One of each kind; the other variants are slow tests.
+FEW = ("simple", "lstm", "gru_before", "stack", "both")
+
+
 def sequence(seed: int = 0, batch: int = 2, shape: tuple[int, ...] = (STEPS, FEATURES)) -> Any:
     return np.random.default_rng(seed).normal(0, 1, (batch, *shape)).astype("float32")
 
@@ -52,10 +56,11 @@ def variants(layers: Any) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def recurrent(keras: Any, randomize: Any) -> Any:
+@pytest.fixture(params=[FEW, pytest.param((), marks=pytest.mark.slow)], ids=["few", "all"])
+def recurrent(keras: Any, randomize: Any, request: pytest.FixtureRequest) -> Any:
     x = keras.Input((STEPS, FEATURES))
-    outputs = {name: layer(x) for name, layer in variants(keras.layers).items()}
+    kinds = variants(keras.layers)
+    outputs = {name: kinds[name](x) for name in request.param or kinds}
     return randomize(keras.Model(x, outputs))
 
 
@@ -81,6 +86,7 @@ def test_recurrent_layers_of_an_h5(recurrent: Any, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_gradients_equal_keras(keras: Any, randomize: Any, run: Any) -> None:
     inputs, kinds = keras.Input((STEPS, FEATURES)), variants(keras.layers)
     outputs = [kinds[name](inputs) for name in ("simple", "lstm_backwards", "gru", "stack")]
@@ -101,7 +107,17 @@ def test_gradients_equal_keras(keras: Any, randomize: Any, run: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Layer .reshape")
-def test_masks_reach_every_layer_as_in_keras(keras: Any, randomize: Any, run: Any) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("lstm_states", "both", "pooled", "added", "lost", "with_states", "explicit"),
+        pytest.param((), marks=pytest.mark.slow),
+    ],
+    ids=["few", "all"],
+)
+def test_masks_reach_every_layer_as_in_keras(
+    keras: Any, randomize: Any, run: Any, names: tuple[str, ...]
+) -> None:
     layers = keras.layers
     tokens = keras.Input((STEPS,), dtype="int32")
     x = layers.Embedding(9, FEATURES, mask_zero=True)(tokens)
@@ -122,12 +138,26 @@ def test_masks_reach_every_layer_as_in_keras(keras: Any, randomize: Any, run: An
         "deep": layers.LSTM(2)(layers.LSTM(3, return_sequences=True)(dense)),
         "steps": layers.LSTM(2)(layers.TimeDistributed(layers.Dense(2))(dense)),
     }
+    outputs = {name: outputs[name] for name in names or outputs}
     model = randomize(keras.Model(tokens, outputs))
     imported = from_keras(model)
     x = np.array([[1, 2, 3, 0, 0], [0, 4, 0, 5, 1], [6, 7, 8, 1, 2]], "int32")
     got, want = run(imported.module.apply, imported.variables, x), run(model, x)
     for name in want:
         assert_close(got[name], want[name], name)
+
+
+def test_masks_of_the_outputs_for_a_loss(keras: Any, randomize: Any) -> None:
+    layers = keras.layers
+    tokens = keras.Input((STEPS,), dtype="int32")
+    x = layers.Embedding(9, FEATURES, mask_zero=True)(tokens)
+    outputs = {"each": layers.LSTM(2, return_sequences=True)(x), "last": layers.LSTM(2)(x)}
+    imported = from_keras(randomize(keras.Model(tokens, outputs)))
+    x = np.array([[1, 2, 0, 0, 3]])
+    values, masks = imported.module.apply(imported.variables, x, method="with_masks")
+    assert masks["last"] is None
+    np.testing.assert_array_equal(masks["each"], x != 0)
+    assert values["each"].shape == (1, STEPS, 2)
 
 
 def test_batch_statistics_of_masked_steps_do_not_count(
@@ -174,6 +204,7 @@ def test_time_distributed_equals_keras(
     assert_close(statistics["moving_variance"], norm.moving_variance.value)
 
 
+@pytest.mark.slow
 def test_convolutional_lstms_equal_keras(keras: Any, randomize: Any, run: Any) -> None:
     layers = keras.layers
     inputs = [keras.Input((3, 6, 2)), keras.Input((3, 5, 6, 2)), keras.Input((2, 4, 4, 4, 2))]
@@ -215,7 +246,9 @@ def test_states_are_carried_in_a_collection(keras: Any, randomize: Any) -> None:
         imported.module.apply(variables, sequence(batch=3))
 
 
-@pytest.mark.parametrize("option", ["dropout", "recurrent_dropout"])
+@pytest.mark.parametrize(
+    "option", [pytest.param("dropout", marks=pytest.mark.slow), "recurrent_dropout"]
+)
 def test_dropout_holds_for_a_whole_sequence(keras: Any, option: str) -> None:
     """With unit weights and one-hot steps the outputs show which connections were dropped."""
     ones = {"kernel_initializer": "ones", "recurrent_initializer": "identity"}
@@ -236,7 +269,7 @@ def test_dropout_holds_for_a_whole_sequence(keras: Any, option: str) -> None:
     np.testing.assert_allclose(y[:, 2] - y[:, 1], later, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+@pytest.mark.parametrize("name", ["LSTM", pytest.param("GRU", marks=pytest.mark.slow)])
 def test_gates_have_masks_of_their_own_with_recurrent_dropout(keras: Any, name: str) -> None:
     layer = getattr(keras.layers, name)(3, dropout=0.5, recurrent_dropout=0.5)
     imported = from_keras(keras.Sequential([keras.Input((STEPS, FEATURES)), layer]))

@@ -69,10 +69,13 @@ def test_the_makefile_and_ci_run_the_same_tests() -> None:
     assert ci.stat().st_mode & 0o111
 
 
-def test_the_page_of_passes_is_what_the_passes_say() -> None:
-    spec = importlib.util.spec_from_file_location("pass_docs", ROOT / "benchmarks/pass_docs.py")
+@pytest.mark.parametrize(
+    ("script", "page"), [("pass_docs", "passes"), ("keras_layer_docs", "keras_layers")]
+)
+def test_generated_pages_are_what_the_code_says(script: str, page: str) -> None:
+    """Written by: python benchmarks/pass_docs.py, python benchmarks/keras_layer_docs.py."""
+    spec = importlib.util.spec_from_file_location(script, ROOT / f"benchmarks/{script}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    # Written by: python benchmarks/pass_docs.py
-    assert (ROOT / "docs/passes.md").read_text() == module.text()
+    assert (ROOT / f"docs/{page}.md").read_text() == module.text()

@@ -11,7 +11,7 @@ from fastgpu.errors import WeightsError
 from fastgpu.importers.keras.graph import Graph, Input
 from fastgpu.importers.keras.layers.initializers import Initializer
 from fastgpu.importers.keras.layers.layer import Path
-from fastgpu.importers.keras.layers.placed import values_of
+from fastgpu.importers.keras.layers.placed import masks_of, values_of
 
 
 class KerasModel(nn.Module):
@@ -39,8 +39,18 @@ class KerasModel(nn.Module):
     @nn.compact
     def __call__(self, *inputs: Any, train: bool = False) -> Any:
         """Run the model on a batch; see the class."""
+        return self.with_masks(*inputs, train=train)[0]
+
+    @nn.compact
+    def with_masks(self, *inputs: Any, train: bool = False) -> tuple[Any, Any]:
+        """The outputs, and in the same structure their Keras masks: boolean arrays, or None.
+
+        Keras's `fit` multiplies the weight of every position in a loss by the mask of its output:
+        `outputs, masks = module.apply(variables, x, method="with_masks")`.
+        """
         assert self.scope is not None
-        return values_of(self.graph.run(ScopeVariables(self.scope, train), inputs, train))
+        found = self.graph.run(ScopeVariables(self.scope, train), inputs, train)
+        return values_of(found), masks_of(found)
 
 
 class ScopeVariables:

@@ -24,7 +24,17 @@ def assert_close(got: Any, want: Any) -> None:
             np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-def test_attention_layers_equal_keras(keras: Any, randomize: Any, run: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("heads", "heads_scores", "group_causal", "dot_scaled", "additive"),
+        pytest.param((), marks=pytest.mark.slow),
+    ],
+    ids=["few", "all"],
+)
+def test_attention_layers_equal_keras(
+    keras: Any, randomize: Any, run: Any, tmp_path: Path, names: tuple[str, ...]
+) -> None:
     layers = keras.layers
     q, v, k = keras.Input((4, 6)), keras.Input((5, 6)), keras.Input((5, 6))
     grid = keras.Input((3, 4, 6))

@@ -104,13 +104,19 @@ def _legacy_node(
         if nested and isinstance(nested[0], str):
             if len(nested) > 3:
                 kwargs.update(nested[3])
-            return _legacy_leaf(nested[:3], offsets, names)
+            return _legacy_tensor(*nested[:3], offsets)
         return [first(item) for item in nested]
 
     found = first(node)
     if isinstance(found, list) and len(found) == 1:
         found = found[0]
     return [found], _legacy_leaf(kwargs, offsets, names)
+
+
+def _legacy_tensor(name: str, call: Any, index: Any, offsets: Mapping[str, int]) -> Any:
+    if name == "_CONSTANT_VALUE":
+        return constant(index, None)
+    return Tensor(name, int(call) - offsets.get(name, 0), int(index))
 
 
 def _legacy_leaf(value: Any, offsets: Mapping[str, int], names: set[str]) -> Any:
@@ -125,11 +131,8 @@ def _legacy_leaf(value: Any, offsets: Mapping[str, int], names: set[str]) -> Any
     if not isinstance(value, list):
         return value
     if len(value) == 3 and isinstance(value[0], str):
-        name, call, index = value
-        if name == "_CONSTANT_VALUE":
-            return constant(index, None)
-        if name in names:
-            return Tensor(name, int(call) - offsets.get(name, 0), int(index))
+        if value[0] == "_CONSTANT_VALUE" or value[0] in names:
+            return _legacy_tensor(*value, offsets)
     return [_legacy_leaf(item, offsets, names) for item in value]
 
 

@@ -130,9 +130,9 @@ def _legacy_leaf(value: Any, offsets: Mapping[str, int], names: set[str]) -> Any
         return read
     if not isinstance(value, list):
         return value
-    if len(value) == 3 and isinstance(value[0], str):
-        if value[0] == "_CONSTANT_VALUE" or value[0] in names:
-            return _legacy_tensor(*value, offsets)
+    named = len(value) == 3 and isinstance(value[0], str)
+    if named and (value[0] == "_CONSTANT_VALUE" or value[0] in names):
+        return _legacy_tensor(*value, offsets)
     return [_legacy_leaf(item, offsets, names) for item in value]
 
 

@@ -123,7 +123,8 @@ def sample(shape: Any, dtype: Any) -> Any:
     """Seeded inputs of a nest of shapes."""
     rng = np.random.default_rng(0)
     if isinstance(shape, dict):
-        return {name: sample(size, dtype) for name, size in shape.items()}
+        # Arguments of the call: "query_shape" is the shape of the argument "query".
+        return {name.removesuffix("_shape"): sample(size, dtype) for name, size in shape.items()}
     if isinstance(shape, list) or (isinstance(shape, tuple) and isinstance(shape[0], tuple)):
         return [sample(size, dtype) for size in shape]
     dtype = str(dtype or "float32")
@@ -141,7 +142,8 @@ def judge(layer_class: type, options: dict[str, Any], inputs: Any) -> dict[str, 
     arrays = jax.tree.map(np.asarray, inputs)
     symbols = jax.tree.map(lambda x: keras.Input(batch_shape=x.shape, dtype=str(x.dtype)), arrays)
     layer = layer_class(**options)
-    model: Any = keras.Model(symbols, layer(symbols))
+    outputs = layer(**symbols) if isinstance(symbols, dict) else layer(symbols)
+    model: Any = keras.Model(symbols, outputs)
     rng = np.random.default_rng(0)
     for weight in model.weights:
         if "float" in str(weight.dtype) and "count" not in weight.path:

@@ -19,7 +19,13 @@ Function = Callable[..., Any]
 
 
 def _binary(function: Function) -> Function:
-    return lambda x, y: function(jnp.asarray(x), jnp.asarray(y))
+    def combine(x: Any, y: Any) -> Any:
+        if isinstance(x, jax.Array) or isinstance(y, jax.Array):
+            return function(jnp.asarray(x), jnp.asarray(y))
+        with jax.ensure_compile_time_eval():  # Sizes stay sizes, see `_shape`.
+            return np.asarray(function(jnp.asarray(x), jnp.asarray(y)))
+
+    return combine
 
 
 def _unary(function: Function) -> Function:

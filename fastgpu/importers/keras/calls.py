@@ -104,7 +104,7 @@ def _legacy_node(
         if nested and isinstance(nested[0], str):
             if len(nested) > 3:
                 kwargs.update(nested[3])
-            return _legacy_tensor(*nested[:3], offsets)
+            return _legacy_tensor(nested[:3], offsets)
         return [first(item) for item in nested]
 
     found = first(node)
@@ -113,7 +113,8 @@ def _legacy_node(
     return [found], _legacy_leaf(kwargs, offsets, names)
 
 
-def _legacy_tensor(name: str, call: Any, index: Any, offsets: Mapping[str, int]) -> Any:
+def _legacy_tensor(triple: list[Any], offsets: Mapping[str, int]) -> Any:
+    name, call, index = triple
     if name == "_CONSTANT_VALUE":
         return constant(index, None)
     return Tensor(name, int(call) - offsets.get(name, 0), int(index))
@@ -132,7 +133,7 @@ def _legacy_leaf(value: Any, offsets: Mapping[str, int], names: set[str]) -> Any
         return value
     named = len(value) == 3 and isinstance(value[0], str)
     if named and (value[0] == "_CONSTANT_VALUE" or value[0] in names):
-        return _legacy_tensor(*value, offsets)
+        return _legacy_tensor(value, offsets)
     return [_legacy_leaf(item, offsets, names) for item in value]
 
 

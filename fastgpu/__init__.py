@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastgpu.importers import from_keras as from_keras
     from fastgpu.importers import from_nnx as from_nnx
     from fastgpu.importers import from_onnx as from_onnx
+    from fastgpu.importers import register_keras_layer as register_keras_layer
     from fastgpu.keras_integration import accelerate as accelerate
     from fastgpu.training import TrainState as TrainState
     from fastgpu.training import evaluate as evaluate
@@ -40,6 +41,7 @@ _PUBLIC = {
     "from_keras": "fastgpu.importers",
     "from_nnx": "fastgpu.importers",
     "from_onnx": "fastgpu.importers",
+    "register_keras_layer": "fastgpu.importers",
     # optimize
     "optimize": "fastgpu.transforms",
     "accelerate": "fastgpu.keras_integration",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fastgpu.importers import from_keras
-from fastgpu.importers.keras.weights_v3 import snake_case
+from fastgpu.importers.keras.names import snake_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
 

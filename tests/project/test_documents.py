@@ -69,15 +69,14 @@ def test_the_makefile_and_ci_run_the_same_tests() -> None:
     assert ci.stat().st_mode & 0o111
 
 
-@pytest.mark.parametrize("page", ["pass", "onnx"])
-def test_the_generated_pages_are_what_their_scripts_say(page: str) -> None:
-    script, document = {
-        "pass": ("benchmarks/pass_docs.py", "docs/passes.md"),
-        "onnx": ("benchmarks/onnx_docs.py", "docs/onnx.md"),
-    }[page]
-    spec = importlib.util.spec_from_file_location(f"{page}_docs", ROOT / script)
+@pytest.mark.parametrize(
+    ("script", "page"),
+    [("pass_docs", "passes"), ("keras_layer_docs", "keras_layers"), ("onnx_docs", "onnx")],
+)
+def test_generated_pages_are_what_the_code_says(script: str, page: str) -> None:
+    """Each is written by its script: python benchmarks/pass_docs.py and so on."""
+    spec = importlib.util.spec_from_file_location(script, ROOT / f"benchmarks/{script}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    # Written by: python benchmarks/pass_docs.py and python benchmarks/onnx_docs.py
-    assert (ROOT / document).read_text() == module.text()
+    assert (ROOT / f"docs/{page}.md").read_text() == module.text()

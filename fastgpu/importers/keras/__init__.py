@@ -16,11 +16,12 @@ from fastgpu.importers.imported import Imported, ImportReport
 from fastgpu.importers.keras.architecture import read_graph
 from fastgpu.importers.keras.files import Checkpoint, open_config_and_weights, open_file
 from fastgpu.importers.keras.hdf5 import damaged
+from fastgpu.importers.keras.layers.registry import register_keras_layer
 from fastgpu.importers.keras.live import from_live, is_live_model
 from fastgpu.importers.keras.module import KerasModel
 from fastgpu.importers.keras.weights import declare, fill
 
-__all__ = ["KerasModel", "from_keras"]
+__all__ = ["KerasModel", "from_keras", "register_keras_layer"]
 
 
 def from_keras(source: Any, custom_objects: Mapping[str, Any] | None = None) -> Imported:

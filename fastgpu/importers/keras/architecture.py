@@ -4,30 +4,31 @@ Nothing is imported or executed that a config names: a layer becomes a rule of t
 from `custom_objects`, or a refusal. All refusals are raised together, before any weight is read.
 """
 
+import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import jax
 
 from fastgpu.errors import FileError, UnsupportedLayerError
 from fastgpu.importers.imported import ImportReport
 from fastgpu.importers.keras.calls import order_calls, read_calls, read_structure
 from fastgpu.importers.keras.dtypes import Policy
-from fastgpu.importers.keras.graph import Call, Graph, Input, Placed, Structure, Tensor
-from fastgpu.importers.keras.layers import OPERATIONS, TABLE
+from fastgpu.importers.keras.graph import Call, Graph, Input, Structure, Tensor
+from fastgpu.importers.keras.layers import REFUSED, TABLE
 from fastgpu.importers.keras.layers.core import Identity
 from fastgpu.importers.keras.layers.layer import Function, Layer, Path
 from fastgpu.importers.keras.layers.operations import Operation
-from fastgpu.importers.keras.options import OptionReader
+from fastgpu.importers.keras.layers.placed import Placed
+from fastgpu.importers.keras.layers.registry import REGISTERED
+from fastgpu.importers.keras.layers.tf_operations import tf_operation
+from fastgpu.importers.keras.options import OptionReader, freeze
 
 Config = Mapping[str, Any]
 _FUNCTIONAL = ("Functional", "Model")
 _MODELS = (*_FUNCTIONAL, "Sequential")
 _DEEPEST = 32
-_REASONS = {
-    "Lambda": "holds Python bytecode, which is never run",
-    "TFOpLambda": "a TensorFlow operation recorded by Keras 2",
-    "SlicingOpLambda": "a TensorFlow operation recorded by Keras 2",
-}
 
 
 def read_graph(
@@ -47,7 +48,8 @@ def read_graph(
             expected="classes and options of fastgpu.importers.keras.layers.TABLE",
             got="; ".join(reader.refused),
             fix="pass custom_objects={name or class: replacement}: a function of the layer's "
-            "inputs, or a fastgpu.importers.keras.layers.Layer subclass if it has weights",
+            "inputs, or a fastgpu.importers.keras.layers.Layer subclass if it has weights, which "
+            "register_keras_layer makes known to every import",
         )
     return graph
 
@@ -130,7 +132,11 @@ class ArchitectureReader:
             if isinstance(placed.layer, Graph)
         }
         found = read_calls(config["layers"], models)
-        self.refused += found.refused
+        for number, call in enumerate(found.calls):
+            layer = layers[call.layer].layer
+            self._check_arguments(call, layers[call.layer])
+            if isinstance(layer, Layer) and layer.clears_masks and not self.keras_2:
+                found.calls[number] = replace(call, clears_masks=True)
         for name, phase in found.ignored_phases.items():
             why = "overridden by the phase of the call, as Keras 3 does"
             if not phase:
@@ -165,9 +171,13 @@ class ArchitectureReader:
 
     def _place(self, entry: Config, path: Path, frozen: bool) -> Placed:
         """One entry of `layers`; what is refused is noted and replaced by an identity."""
-        config, class_name = entry["config"], entry["class_name"]
+        config = entry["config"]
         name = entry.get("name") or (config["name"] if isinstance(config, dict) else "sequential")
         path = self.shared_paths.setdefault(entry.get("shared_object_id", id(entry)), (*path, name))
+        return self._placed(entry, name, path, frozen)
+
+    def _placed(self, entry: Config, name: str, path: Path, frozen: bool) -> Placed:
+        config, class_name = entry["config"], entry["class_name"]
         if isinstance(config, dict):
             frozen = frozen or config.get("trainable") is False
         policy, layer = Policy(), Identity()
@@ -185,32 +195,58 @@ class ArchitectureReader:
         config, class_name = entry["config"], entry["class_name"]
         custom = self.custom_objects.get(name, self.custom_objects.get(class_name))
         if custom is not None and not isinstance(custom, str):
-            return self._custom(custom, config, path)
+            return self._custom(custom, config, path, frozen)
         class_name = custom or class_name
         if custom is None and not _is_builtin(entry):
+            for known in (entry.get("registered_name"), class_name):
+                if known in REGISTERED:
+                    return self._options(path, frozen).build(REGISTERED[known], config)
             raise UnsupportedLayerError(f"a custom class of {entry.get('module')!r}")
         if class_name in _MODELS:
             return self._model(class_name, config, path, frozen)
         if _is_operation(entry):
             return _operation(class_name, config)
+        if class_name in ("TFOpLambda", "SlicingOpLambda"):
+            return tf_operation(config)
         if class_name not in TABLE:
-            raise UnsupportedLayerError(_REASONS.get(class_name, "no such layer in the table"))
-        return self._options(path).build(TABLE[class_name], config)
+            raise UnsupportedLayerError(REFUSED.get(class_name, "no such layer in the table"))
+        return self._options(path, frozen).build(TABLE[class_name], config)
 
-    def _custom(self, custom: Any, config: Config, path: Path) -> Layer:
+    def _custom(self, custom: Any, config: Config, path: Path, frozen: bool) -> Layer:
         if isinstance(custom, Layer):
             return custom
         if isinstance(custom, type) and issubclass(custom, Layer):
-            return self._options(path).build(custom, config)
+            return self._options(path, frozen).build(custom, config)
         if callable(custom):
             return Function(function=custom)
         raise UnsupportedLayerError(f"custom_objects gives {custom!r}, no function and no Layer")
 
-    def _options(self, path: Path) -> OptionReader:
+    def _options(self, path: Path, frozen: bool) -> OptionReader:
         def note(option: str, reason: str) -> None:
             self.report.add("option", "/".join((*path, option)), "ignored", reason)
 
-        return OptionReader(self.custom_objects, self.keras_2, note)
+        def place(entry: Config, below: Path) -> Placed:
+            return self._placed(entry, below[-1], (*path, *below), frozen)
+
+        return OptionReader(self.custom_objects, self.keras_2, note, place)
+
+    def _check_arguments(self, call: Call, placed: Placed) -> None:
+        """Refuse arguments of a call that a rule does not take."""
+        if any(refused.startswith(f"{'/'.join(placed.path)!r} ") for refused in self.refused):
+            return
+        taken = {"mask"}
+        if isinstance(placed.layer, Layer):
+            function = placed.layer.call
+            if isinstance(placed.layer, Function | Operation):
+                function = placed.layer.function
+            parameters = inspect.signature(function).parameters.values()
+            if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+                return
+            taken = {parameter.name for parameter in parameters}
+        given = jax.tree.unflatten(call.kwargs.tree, call.kwargs.leaves)
+        unknown = sorted(set(given) - taken)
+        if unknown:
+            self._refuse(placed.path, placed.class_name, f"call argument {unknown}")
 
     def _refuse(self, path: Path, class_name: str, reason: str) -> None:
         self.refused.append(f"{'/'.join(path)!r} ({class_name}: {reason})")
@@ -233,12 +269,12 @@ def _is_operation(entry: Config) -> bool:
 
 
 def _operation(class_name: str, config: Config) -> Operation:
-    if class_name not in OPERATIONS:
-        raise UnsupportedLayerError("no such keras.ops function in the table")
-    options = sorted(set(config) - {"name", "dtype", "trainable"})
-    if options:
-        raise UnsupportedLayerError(f"option {options[0]}={config[options[0]]!r}")
-    return Operation(name=class_name)
+    options = {}
+    for key, value in config.items():
+        policy = key == "dtype" and isinstance(value, dict)
+        if key not in ("name", "trainable") and not policy:
+            options[key] = freeze(key, value)
+    return Operation.from_config(class_name, options)
 
 
 def _implied_input(config: Config, entries: list[Config]) -> Input:

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastgpu.errors import FileError
 from fastgpu.importers.keras.graph import Call, Structure, Tensor
+from fastgpu.importers.keras.layers.constants import Slice, constant
 
 Config = Mapping[str, Any]
 
@@ -26,11 +27,10 @@ def read_structure(nested: Any, offsets: Mapping[str, int]) -> Any:
 
 @dataclass
 class Calls:
-    """What `read_calls` finds: calls, offsets for `output_layers`, refusals, and ignored phases."""
+    """What `read_calls` finds: calls, offsets for `output_layers`, and ignored phases."""
 
     calls: list[Call] = field(default_factory=list)
     offsets: dict[str, int] = field(default_factory=dict)
-    refused: list[str] = field(default_factory=list)
     ignored_phases: dict[str, bool] = field(default_factory=dict)
 
 
@@ -51,26 +51,34 @@ def read_calls(entries: Sequence[Config], models: Mapping[str, str]) -> Calls:
         and (models[entry_name(entry)] != "Sequential" or (legacy and _declares_input(entry)))
     }
     found = Calls(offsets=offsets)
+    names = {entry_name(entry) for entry in entries}
     for entry in entries:
         name = entry_name(entry)
         for number, node in enumerate(entry["inbound_nodes"]):
             if isinstance(node, list):
-                args, kwargs = _legacy_node(node, offsets)
+                args, kwargs = _legacy_node(node, offsets, names)
             else:
                 args, kwargs = _decode(node["args"]), _decode(node.get("kwargs") or {})
             if not args and "inputs" in kwargs:
                 args = [kwargs.pop("inputs")]
             training = kwargs.pop("training", None)
-            unknown = sorted(key for key, value in kwargs.items() if value is not None)
-            if unknown:
-                found.refused.append(f"{name!r} ({entry['class_name']}: call argument {unknown})")
+            if entry["class_name"] in ("TFOpLambda", "SlicingOpLambda"):
+                kwargs.pop("name", None)
+            kwargs = {key: value for key, value in kwargs.items() if value is not None}
             if not legacy and training is not None:
-                # Layers that are random only in training write their default, which says nothing.
-                if training or not entry["class_name"].endswith(("Dropout", "Noise")):
+                if not _is_default(entry["class_name"], training):
                     found.ignored_phases[name] = training
                 training = None
-            found.calls.append(Call(name, number, Structure.of(args), training))
+            call = Call(name, number, Structure.of(args), training, Structure.of(kwargs))
+            found.calls.append(call)
     return found
+
+
+def _is_default(class_name: str, training: bool) -> bool:
+    """Whether a phase is what Keras writes for a layer by itself, which says nothing."""
+    if training:
+        return class_name.startswith("Random")
+    return class_name.endswith(("Dropout", "Noise", "RNN", "LSTM", "GRU"))
 
 
 def entry_name(entry: Config) -> str:
@@ -84,11 +92,49 @@ def _declares_input(entry: Config) -> bool:
     return first["class_name"] == "InputLayer" or "batch_input_shape" in first["config"]
 
 
-def _legacy_node(node: list[Any], offsets: Mapping[str, int]) -> tuple[list[Any], dict[str, Any]]:
-    """Keras 2: a list of [layer, call, index, kwargs]; one tensor is not wrapped in a list."""
-    tensors = [Tensor(n, int(call) - offsets.get(n, 0), int(i)) for n, call, i, *_ in node]
-    kwargs = dict(node[0][3]) if node and len(node[0]) > 3 else {}
-    return [tensors[0] if len(tensors) == 1 else tensors], kwargs
+def _legacy_node(
+    node: Any, offsets: Mapping[str, int], names: set[str]
+) -> tuple[list[Any], dict[str, Any]]:
+    """Keras 2: a nest of [layer, call, index, kwargs]; one tensor is not wrapped in a list."""
+    kwargs: dict[str, Any] = {}
+
+    def first(nested: Any) -> Any:
+        if isinstance(nested, dict):
+            return {key: first(item) for key, item in nested.items()}
+        if nested and isinstance(nested[0], str):
+            if len(nested) > 3:
+                kwargs.update(nested[3])
+            return _legacy_tensor(nested[:3], offsets)
+        return [first(item) for item in nested]
+
+    found = first(node)
+    if isinstance(found, list) and len(found) == 1:
+        found = found[0]
+    return [found], _legacy_leaf(kwargs, offsets, names)
+
+
+def _legacy_tensor(triple: list[Any], offsets: Mapping[str, int]) -> Any:
+    name, call, index = triple
+    if name == "_CONSTANT_VALUE":
+        return constant(index, None)
+    return Tensor(name, int(call) - offsets.get(name, 0), int(index))
+
+
+def _legacy_leaf(value: Any, offsets: Mapping[str, int], names: set[str]) -> Any:
+    """What may stand in a call of Keras 2: a triple that names a tensor, or a value."""
+    if isinstance(value, dict):
+        if value.get("class_name") == "__ellipsis__":
+            return Slice(None, None, "...")
+        read = {key: _legacy_leaf(item, offsets, names) for key, item in value.items()}
+        if set(read) == {"start", "stop", "step"}:
+            return Slice(read["start"], read["stop"], read["step"])
+        return read
+    if not isinstance(value, list):
+        return value
+    named = len(value) == 3 and isinstance(value[0], str)
+    if named and (value[0] == "_CONSTANT_VALUE" or value[0] in names):
+        return _legacy_tensor(value, offsets)
+    return [_legacy_leaf(item, offsets, names) for item in value]
 
 
 def _decode(value: Any) -> Any:
@@ -100,6 +146,15 @@ def _decode(value: Any) -> Any:
     if value.get("class_name") == "__keras_tensor__":
         name, call, index = value["config"]["keras_history"]
         return Tensor(str(name), int(call), int(index))
+    if value.get("class_name") == "__slice__":
+        config = value["config"]
+        return Slice(config["start"], config["stop"], config["step"])
+    if value.get("class_name") in ("__numpy__", "__tensor__"):
+        return constant(value["config"]["value"], value["config"]["dtype"])
+    if value.get("class_name") == "__ellipsis__":
+        return Slice(None, None, "...")
+    if value.get("class_name") in ("DTypePolicy", "FloatDTypePolicy"):
+        return value["config"]["name"]
     if "class_name" in value:
         raise FileError(
             f"a layer is called with an object of class {value['class_name']!r}",
@@ -132,7 +187,9 @@ def order_calls(calls: Iterable[Call], inputs: set[str], outputs: Structure) -> 
                 ordered.append(by_key[stack.pop()])
             else:
                 state[key] = "open"
-                parents = [_key(leaf) for leaf in _tensors(by_key[key].inputs)]
+                call = by_key[key]
+                leaves = [*_tensors(call.inputs), *_tensors(call.kwargs)]
+                parents = [_key(leaf) for leaf in leaves]
                 waiting = [parent for parent in parents if state.get(parent) != "done"]
                 if any(state.get(parent) == "open" for parent in waiting):
                     raise FileError(f"layer {key[0]!r} depends on its own output")

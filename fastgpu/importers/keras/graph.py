@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from fastgpu.errors import BatchError
-from fastgpu.importers.keras.dtypes import Policy
-from fastgpu.importers.keras.layers.layer import Layer, LayerState, Path, Variables
+from fastgpu.importers.keras.layers.constants import Constant, Slice
+from fastgpu.importers.keras.layers.layer import Variables
+from fastgpu.importers.keras.layers.placed import Masked, Placed, masks_of, values_of, with_masks
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,16 @@ class Structure:
 
     def fill(self, values: dict[Tensor, Any]) -> Any:
         """Put it together again with a value in the place of every tensor."""
-        leaves = [values[leaf] if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
-        return jax.tree.unflatten(self.tree, leaves)
+        return jax.tree.unflatten(self.tree, [_filled(leaf, values) for leaf in self.leaves])
+
+
+def _filled(leaf: Any, values: dict[Tensor, Any]) -> Any:
+    if isinstance(leaf, Tensor):
+        return values[leaf]
+    return leaf.value() if isinstance(leaf, Constant | Slice) else leaf
+
+
+_NO_ARGUMENTS = Structure.of({})
 
 
 @dataclass(frozen=True)
@@ -62,28 +71,19 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A layer or a nested model in its place.
-
-    `path` is where its weights live; a layer object that occurs in several models has one path.
-    """
-
-    name: str
-    class_name: str
-    path: Path
-    layer: "Layer | Graph"
-    policy: Policy
-    frozen: bool
-
-
-@dataclass(frozen=True)
 class Call:
-    """One call of a layer. `training` is a phase fixed in the graph, None to follow the caller."""
+    """One call of a layer: a list of positional arguments and a dict of the others.
+
+    `training` is a phase fixed in the graph, None to follow the caller. `clears_masks`: in Keras 3
+    MultiHeadAttention takes the masks off the tensors it is called on, for all later calls too.
+    """
 
     layer: str
     number: int
     inputs: Structure
     training: bool | None = None
+    kwargs: Structure = _NO_ARGUMENTS
+    clears_masks: bool = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,38 +101,29 @@ class Graph:
         return f"Graph({self.name!r}, {len(self.layers)} layers)"
 
     def run(self, variables: Variables, inputs: Sequence[Any], train: bool) -> Any:
-        """Call the layers one after the other and return the outputs in Keras's structure."""
+        """Call the layers one after the other and return the outputs in Keras's structure.
+
+        Inputs are arrays, or `Masked` where they come with a mask; outputs are `Masked`.
+        """
         arrays = match_inputs(self, inputs)
         values: dict[Tensor, Any] = {
-            Tensor(spec.name, 0, 0): _as_input(array, spec)
+            Tensor(spec.name, 0, 0): Masked(_as_input(values_of(array), spec), masks_of(array))
             for spec, array in zip(self.inputs, arrays, strict=True)
         }
         placed = {layer.name: layer for layer in self.layers}
         for call in self.calls:
             layer = placed[call.layer]
             phase = train if call.training is None else call.training
+            args, kwargs = layer.bind(call.inputs.fill(values), call.kwargs.fill(values))
+            masks = [masks_of(arg) for arg in args]
             with jax.named_scope(layer.name):
-                output = _call(layer, variables, call.inputs.fill(values), phase)
-            for index, value in enumerate(jax.tree.leaves(output)):
+                found = layer.call(variables, values_of(args), masks, values_of(kwargs), phase)
+            for index, value in enumerate(jax.tree.leaves(with_masks(*found))):
                 values[Tensor(call.layer, call.number, index)] = value
+            for leaf in [*call.inputs.leaves, *call.kwargs.leaves] if call.clears_masks else []:
+                if isinstance(leaf, Tensor):
+                    values[leaf] = Masked(values[leaf].value)
         return self.outputs.fill(values)
-
-
-def _call(placed: Placed, variables: Variables, inputs: Sequence[Any], train: bool) -> Any:
-    if isinstance(placed.layer, Graph):
-        return placed.layer.run(variables, inputs, train)
-    if placed.layer.autocast:
-        dtype = jnp.dtype(placed.policy.compute_dtype)
-        inputs = jax.tree.map(lambda x: _autocast(x, dtype), inputs)
-    state = LayerState(variables, placed.path, placed.policy, placed.frozen)
-    return placed.layer.call(state, *inputs, train=train)
-
-
-def _autocast(x: Any, dtype: Any) -> Any:
-    """Keras casts floating inputs to the layer's compute dtype and leaves integers alone."""
-    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating):
-        return x.astype(dtype)
-    return x
 
 
 def match_inputs(graph: Graph, args: Sequence[Any]) -> list[Any]:

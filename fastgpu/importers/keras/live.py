@@ -67,7 +67,8 @@ def _collect(graph: Graph, model: Any, stored: dict[Path, list[Stored]]) -> None
 
 
 def _stored(layer: str, weight: Any) -> Stored:
-    return Stored(f"{layer}/{weight.name}", None, tuple(weight.shape), lambda: np.asarray(weight))
+    where = f"{layer}/{weight.name}"
+    return Stored(where, weight.name, tuple(weight.shape), lambda: np.asarray(weight))
 
 
 def _mark_shared(config: Mapping[str, Any], model: Any) -> None:

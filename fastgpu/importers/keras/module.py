@@ -11,6 +11,7 @@ from fastgpu.errors import WeightsError
 from fastgpu.importers.keras.graph import Graph, Input
 from fastgpu.importers.keras.layers.initializers import Initializer
 from fastgpu.importers.keras.layers.layer import Path
+from fastgpu.importers.keras.layers.placed import masks_of, values_of
 
 
 class KerasModel(nn.Module):
@@ -24,7 +25,8 @@ class KerasModel(nn.Module):
 
     Scopes are named after the Keras layers: `variables["params"]["conv1"]["kernel"]`; nested models
     nest dicts. Trainable weights are in "params", moving statistics in "batch_stats", and what
-    Keras would not train in "non_trainable".
+    Keras would not train in "non_trainable". What stateful recurrent layers carry from batch to
+    batch is in "rnn_state", zero at first: it advances where that collection is mutable.
     """
 
     graph: Graph
@@ -37,8 +39,18 @@ class KerasModel(nn.Module):
     @nn.compact
     def __call__(self, *inputs: Any, train: bool = False) -> Any:
         """Run the model on a batch; see the class."""
+        return self.with_masks(*inputs, train=train)[0]
+
+    @nn.compact
+    def with_masks(self, *inputs: Any, train: bool = False) -> tuple[Any, Any]:
+        """The outputs, and in the same structure their Keras masks: boolean arrays, or None.
+
+        Keras's `fit` multiplies the weight of every position in a loss by the mask of its output:
+        `outputs, masks = module.apply(variables, x, method="with_masks")`.
+        """
         assert self.scope is not None
-        return self.graph.run(ScopeVariables(self.scope, train), inputs, train)
+        found = self.graph.run(ScopeVariables(self.scope, train), inputs, train)
+        return values_of(found), masks_of(found)
 
 
 class ScopeVariables:
@@ -81,7 +93,8 @@ class ScopeVariables:
         are in a call that does not train.
         """
         scope = self._scope(path)
-        if self.train or scope.is_mutable_collection(collection):
+        must = self.train and collection != "rnn_state"
+        if must or scope.is_mutable_collection(collection):
             scope.put_variable(collection, name, value)
 
     def key(self, path: Path) -> jax.Array:

@@ -1,6 +1,7 @@
 """A layer's config dict read into the fields of its rule; nothing in it is silently dropped."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from fastgpu.errors import UnsupportedLayerError
 from fastgpu.importers.keras.layers.activations import ACTIVATIONS, LINEAR, Activation
 from fastgpu.importers.keras.layers.initializers import GLOROT_UNIFORM, Initializer
 from fastgpu.importers.keras.layers.layer import ANY, Layer
+from fastgpu.importers.keras.layers.placed import Placed
+from fastgpu.importers.keras.names import snake_case
 
 # Read by the graph, not by the rules.
 _COMMON = frozenset({"name", "trainable", "dtype", "batch_shape", "batch_input_shape"})
@@ -20,11 +23,15 @@ _NOT_IN_THE_OUTPUTS = {
 
 @dataclass(frozen=True)
 class OptionReader:
-    """Turns config values into hashable options; `note` reports what is ignored, and why."""
+    """Turns config values into hashable options; `note` reports what is ignored, and why.
+
+    `place` reads a layer that is an option of this one; its weights lie at a path below it.
+    """
 
     custom_objects: Mapping[str, Any]
     keras_2: bool
     note: Callable[[str, str], None]
+    place: Callable[[Any, tuple[str, ...]], Placed]
 
     def build(self, rule: type[Layer], config: Mapping[str, Any]) -> Layer:
         """A rule with its options from `config`.
@@ -34,9 +41,11 @@ class OptionReader:
         """
         fields = {field.name for field in dataclasses.fields(rule)}
         options: dict[str, Any] = {}
-        for key, value in config.items():
+        for key, value in rule.complete(config, self.keras_2).items():
             name = rule.renamed.get(key, key)
-            if name in fields:
+            if name in rule.nested:
+                options[name] = self._nested(rule.nested[name], value)
+            elif name in fields:
                 options[name] = self._option(name, value)
             elif key not in _COMMON:
                 self._check_other(rule, key, value)
@@ -45,8 +54,21 @@ class OptionReader:
         except (TypeError, ValueError) as error:
             raise UnsupportedLayerError(f"option {error}") from error
 
+    def _nested(self, attribute: str, value: Any) -> Any:
+        """One layer, or a list of them, which Keras saves by class name and count."""
+        if not isinstance(value, list):
+            return None if value is None else self.place(value, (attribute,))
+        counts: Counter[str] = Counter()
+        placed = []
+        for entry in value:
+            name = snake_case(entry["class_name"])
+            number = f"_{counts[name]}" if counts[name] else ""
+            counts[name] += 1
+            placed.append(self.place(entry, (attribute, f"{name}{number}")))
+        return tuple(placed)
+
     def _option(self, name: str, value: Any) -> Any:
-        if name == "activation":
+        if name.endswith("activation"):
             return self._activation(value)
         if name.endswith("_initializer"):
             initializer = Initializer.from_config(value)
@@ -61,6 +83,11 @@ class OptionReader:
                 if value is not None:
                     self.note(key, reason)
                 return
+        if key == "autocast" and value is True:  # The rule's own `autocast` decides.
+            return
+        if key in rule.penalties:
+            self.note(key, _NOT_IN_THE_OUTPUTS["_regularizer"])
+            return
         allowed = rule.fixed.get(key, ())
         if allowed is not ANY and freeze(key, value) not in allowed:
             raise UnsupportedLayerError(f"option {key}={value!r}")

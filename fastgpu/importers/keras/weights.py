@@ -1,7 +1,8 @@
 """Which variables a graph declares, and which stored weight becomes each of them."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from fastgpu.importers.imported import ImportReport
 from fastgpu.importers.keras.graph import Graph
 from fastgpu.importers.keras.layers.initializers import Initializer
 from fastgpu.importers.keras.layers.layer import Path
+from fastgpu.importers.keras.layers.placed import Placed, values_of
 
 # What stands for a size that the model leaves open. No weight depends on it, but a pooled axis must
 # not run empty, and axes that meet again after pooling must divide evenly.
@@ -92,7 +94,7 @@ def declare(graph: Graph, source: str) -> dict[Path, list[Declared]]:
 
     Raises `FileError` if the layers do not fit together.
     """
-    _check_precision(graph, source)
+    _check_precision(graph.layers, source)
     open_sizes = any(None in spec.shape[1:] for spec in graph.inputs)
     unknown = [spec.name for spec in graph.inputs if not spec.shape]
     if unknown:
@@ -112,13 +114,19 @@ def declare(graph: Graph, source: str) -> dict[Path, list[Declared]]:
             for spec in graph.inputs
         ]
         try:
-            jax.eval_shape(lambda *xs, to=declarations: graph.run(to, xs, False), *shapes)
+            jax.eval_shape(
+                lambda *xs, to=declarations: values_of(graph.run(to, xs, False)), *shapes
+            )
         except FileError:
             raise
         except Exception as error:  # Whatever JAX, or a custom layer, says about unfit shapes.
             failure = error
         else:
-            return {path: list(names.values()) for path, names in declarations.layers.items()}
+            places = {path: number for number, path in enumerate(_places(graph.layers))}
+            return {
+                path: list(declarations.layers[path].values())
+                for path in sorted(declarations.layers, key=lambda path: _place(path, places))
+            }
     raise FileError(
         f"the layers of {source} do not fit together",
         expected="a graph that runs on the inputs it declares",
@@ -127,12 +135,28 @@ def declare(graph: Graph, source: str) -> dict[Path, list[Declared]]:
     ) from failure
 
 
-def _check_precision(graph: Graph, source: str) -> None:
+def _places(layers: Iterable[Placed]) -> Iterator[Path]:
+    """The paths of all layers in the order of the config, which is Keras's order of weights."""
+    for placed in layers:
+        yield placed.path
+        nested = placed.layer
+        yield from _places(nested.layers if isinstance(nested, Graph) else placed.children())
+
+
+def _place(path: Path, places: Mapping[Path, int]) -> int:
+    while path not in places:
+        path = path[:-1]
+    return places[path]
+
+
+def _check_precision(layers: Iterable[Placed], source: str) -> None:
     """JAX would silently compute a float64 model in float32."""
-    for placed in graph.layers:
-        if isinstance(placed.layer, Graph):
-            _check_precision(placed.layer, source)
-        elif "float64" in (placed.policy.compute_dtype, placed.policy.variable_dtype) and (
+    for placed in layers:
+        nested = placed.layer
+        _check_precision(nested.layers if isinstance(nested, Graph) else placed.children(), source)
+        if isinstance(nested, Graph):
+            continue
+        if "float64" in (placed.policy.compute_dtype, placed.policy.variable_dtype) and (
             jax.dtypes.canonicalize_dtype("float64") != jnp.float64
         ):
             raise ConfigurationError(
@@ -154,9 +178,11 @@ def fill(
     Returns collections of nested dicts. Raises `WeightsError` naming every weight that is missing,
     left over, or of another shape; then nothing is read.
     """
-    problems, pairs = [], []
-    for path in sorted({*declared, *stored}, key=str):
-        problems += _pair(path, declared.get(path, []), stored.get(path, []), pairs)
+    problems: list[str] = []
+    pairs: list[tuple[Path, Declared, Stored]] = []
+    wanted = _by_owner(declared, stored)
+    for path in sorted({*wanted, *stored}, key=str):
+        problems += _pair(path, wanted.get(path, []), stored.get(path, []), pairs)
     problems += [f"{where} belongs to no layer" for where, why in leftovers.items() if not why]
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
@@ -179,34 +205,73 @@ def fill(
         report.add("variable", name, "mapped", f"{dtype}[{shape}] in {wanted.collection}")
     for where, why in leftovers.items():
         report.add("variable", where, "ignored", why)
+    return _with_memories(variables, declared)
+
+
+def _with_memories(
+    variables: dict[str, Any], declared: Mapping[Path, list[Declared]]
+) -> dict[str, Any]:
+    """Add what stateful layers remember: zeros, which Keras does not save."""
+    for path, names in declared.items():
+        for memory in names:
+            if memory.collection == "rnn_state":
+                scope = variables.setdefault("rnn_state", {})
+                for name in path:
+                    scope = scope.setdefault(name, {})
+                scope[memory.name] = jnp.zeros(memory.shape, memory.dtype)
     return variables
 
 
+def _by_owner(
+    declared: Mapping[Path, list[Declared]], stored: Mapping[Path, list[Stored]]
+) -> dict[Path, list[tuple[Path, Declared]]]:
+    """The declared variables by the path under which the source keeps them.
+
+    Some sources keep the weights of a layer and of all its parts in one list.
+    """
+    owners: dict[Path, list[tuple[Path, Declared]]] = {}
+    for path, names in declared.items():
+        prefixes = (path[:length] for length in range(len(path), 0, -1))
+        owner = next((prefix for prefix in prefixes if prefix in stored), path)
+        kept = [(path, name) for name in names if name.collection != "rnn_state"]
+        owners.setdefault(owner, []).extend(kept)
+    return owners
+
+
 def _pair(
-    path: Path,
-    declared: list[Declared],
+    owner: Path,
+    declared: list[tuple[Path, Declared]],
     stored: list[Stored],
     pairs: list[tuple[Path, Declared, Stored]],
 ) -> list[str]:
-    """Match the weights of one layer by name where both sides have one, else by order."""
-    layer = "/".join(path)
-    by_name = {found.name: found for found in stored}
-    if declared and all(wanted.name in by_name for wanted in declared):
-        matches = [(wanted, by_name.pop(wanted.name)) for wanted in declared]
-        extra = list(by_name.values())
+    """Match the weights of one layer by name where both sides have one, else by order.
+
+    Parts of a layer may have weights of the same name; these are matched in order.
+    """
+    layer = "/".join(owner)
+    names = [wanted.name for _, wanted in declared]
+    if declared and not Counter(names) - Counter(found.name or "" for found in stored):
+        left = list(stored)
+        matches = []
+        for path, wanted in declared:
+            found = next(found for found in left if found.name == wanted.name)
+            left.remove(found)
+            matches.append((path, wanted, found))
+        extra = left
     else:
-        matches = list(zip(declared, stored, strict=False))
+        pairing = zip(declared, stored, strict=False)
+        matches = [(path, wanted, found) for (path, wanted), found in pairing]
         extra = stored[len(declared) :]
     problems = [f"layer {layer!r}: {found.where} {found.shape} is left over" for found in extra]
     problems += [
-        f"layer {layer!r}: {wanted.name} {wanted.shape} is missing"
-        for wanted in declared[len(matches) :]
+        f"layer {'/'.join(path)!r}: {wanted.name} {wanted.shape} is missing"
+        for path, wanted in declared[len(matches) :]
     ]
     problems += [
-        f"layer {layer!r}: {wanted.name} is {wanted.shape} in the config and {found.shape} in "
-        f"{found.where}"
-        for wanted, found in matches
+        f"layer {'/'.join(path)!r}: {wanted.name} is {wanted.shape} in the config and "
+        f"{found.shape} in {found.where}"
+        for path, wanted, found in matches
         if wanted.shape != found.shape
     ]
-    pairs += [(path, wanted, found) for wanted, found in matches]
+    pairs += matches
     return problems

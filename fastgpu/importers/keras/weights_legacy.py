@@ -7,9 +7,10 @@ weights are matched by the layer and variable in their names, never by position 
 import h5py
 
 from fastgpu.errors import FileError
-from fastgpu.importers.keras.graph import Graph, Placed
+from fastgpu.importers.keras.graph import Graph
 from fastgpu.importers.keras.hdf5 import datasets, names_attribute, read_array
 from fastgpu.importers.keras.layers.layer import Path
+from fastgpu.importers.keras.layers.placed import Placed
 from fastgpu.importers.keras.weights import Stored
 
 

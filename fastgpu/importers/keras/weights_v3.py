@@ -4,15 +4,17 @@ The weights of a layer lie in `layers/<class in snake case>[_<k>]/vars/<n>`, whe
 layers of one class in their model, and n its variables. The names of layers play no part.
 """
 
-import re
+from collections.abc import Mapping
 
 import h5py
 
 from fastgpu.errors import FileError
 from fastgpu.importers.keras.graph import Graph
 from fastgpu.importers.keras.hdf5 import datasets, read_array
-from fastgpu.importers.keras.layers.layer import Path
+from fastgpu.importers.keras.layers.layer import Layer, Path
 from fastgpu.importers.keras.layers.operations import Operation
+from fastgpu.importers.keras.layers.placed import Placed
+from fastgpu.importers.keras.names import group_name
 from fastgpu.importers.keras.weights import Stored
 
 _OLDER = "_layer_checkpoint_dependencies"
@@ -36,47 +38,64 @@ class WeightsV3:
             )
         found = datasets(self.file, self.source)
         stored: dict[Path, list[Stored]] = {}
-        for group, path in layer_groups(graph).items():
-            names = sorted((name for name in found if _parent(name) == f"{group}/vars"), key=_order)
-            for name in names:
-                stored.setdefault(path, []).append(self._stored(name, found.pop(name)))
-        return stored, {name: _reason(name) for name in found}
+        leftovers: dict[str, str] = {}
+        groups = layer_groups(graph)
+        for name in sorted(found, key=_order):
+            reason = _reason(name)
+            path = None if reason else _path(name, groups)
+            if path is None:
+                leftovers[name] = reason
+            else:
+                stored.setdefault(path, []).append(self._stored(name, found[name]))
+        for placed in groups.values():
+            if isinstance(placed.layer, Layer) and placed.path in stored:
+                own, count = stored[placed.path], placed.layer.saved_twice
+                leftovers |= {weight.where: "a copy of a nested layer's" for weight in own[:count]}
+                stored[placed.path] = own[count:]
+        return stored, leftovers
 
     def _stored(self, name: str, dataset: h5py.Dataset) -> Stored:
         return Stored(name, None, dataset.shape, lambda: read_array(dataset, self.source))
 
 
-def layer_groups(graph: Graph, prefix: str = "") -> dict[str, Path]:
-    """The group of every layer with the path of its variables, nested models included."""
-    groups: dict[str, Path] = {}
+def layer_groups(graph: Graph, prefix: str = "") -> dict[str, Placed]:
+    """Every layer by its group, with those of nested models and those that layers wrap."""
+    groups: dict[str, Placed] = {}
     counts: dict[str, int] = {}
     for placed in graph.layers:
         if isinstance(placed.layer, Operation):
             continue
-        name = snake_case(placed.class_name)
+        name = group_name(placed.class_name)
         count = counts.get(name, 0)
         counts[name] = count + 1
         group = f"{prefix}layers/{name}_{count}" if count else f"{prefix}layers/{name}"
-        if isinstance(placed.layer, Graph):
-            groups |= layer_groups(placed.layer, f"{group}/")
-        else:
-            groups[group] = placed.path
+        groups |= _with_children(group, placed)
     return groups
 
 
-def snake_case(name: str) -> str:
-    """Keras's spelling of a class in a file.
+def _with_children(group: str, placed: Placed) -> dict[str, Placed]:
+    if isinstance(placed.layer, Graph):
+        return layer_groups(placed.layer, f"{group}/")
+    groups = {group: placed}
+    for child in placed.children():
+        groups |= _with_children("/".join((group, *child.path[len(placed.path) :])), child)
+    return groups
 
-    >>> [snake_case(name) for name in ("PReLU", "ConvLSTM2D", "RMSNormalization")]
-    ['p_re_lu', 'conv_lstm2d', 'rms_normalization']
+
+def _path(name: str, groups: Mapping[str, Placed]) -> Path | None:
+    """The path of the layer, or of the part of a layer, that a dataset belongs to.
+
+    Whether an attribute is private changes from version to version.
     """
-    name = re.sub(r"\W+", "", name)
-    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
-    return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
-
-
-def _parent(name: str) -> str:
-    return name.rpartition("/")[0]
+    parent, found, number = name.rpartition("/vars/")
+    if not found or "/" in number:
+        return None
+    parts = parent.split("/")
+    for length in range(len(parts), 0, -1):
+        group = "/".join(parts[:length])
+        if group in groups:
+            return (*groups[group].path, *(part.lstrip("_") for part in parts[length:]))
+    return None
 
 
 def _order(name: str) -> tuple[int, str]:

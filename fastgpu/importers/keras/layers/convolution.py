@@ -4,7 +4,7 @@ Everything lowers to `conv_general_dilated`, so that the convolution passes reco
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jax import lax
@@ -12,13 +12,16 @@ from jax import lax
 from fastgpu.importers.keras.layers.activations import LINEAR, Activation
 from fastgpu.importers.keras.layers.initializers import GLOROT_UNIFORM, ZEROS, Initializer
 from fastgpu.importers.keras.layers.layer import (
+    ANY,
     DATA_FORMATS,
+    MERGED,
     Layer,
     LayerState,
     along_axis,
     as_tuple,
     channel_axis,
     one_of,
+    spatial_axes,
 )
 
 
@@ -85,6 +88,7 @@ class Conv(_Convolution):
     filters: int
     groups: int = 1
     kernel_initializer: Initializer = GLOROT_UNIFORM
+    fixed: ClassVar[dict[str, tuple[Any, ...]]] = MERGED
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """Kernel (spatial..., in / groups, filters)."""
@@ -95,11 +99,63 @@ class Conv(_Convolution):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConvTranspose(_Convolution):
+    """Conv1DTranspose, Conv2DTranspose, Conv3DTranspose."""
+
+    filters: int
+    output_padding: int | tuple[int, ...] | None = None
+    kernel_initializer: Initializer = GLOROT_UNIFORM
+    fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"groups": (1,)}
+
+    def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
+        """Kernel (spatial..., filters, in)."""
+        rank, window = x.ndim - 2, self.window(x)
+        shape = (*window, self.filters, x.shape[channel_axis(self.data_format)])
+        kernel = state.weight("kernel", shape, self.kernel_initializer)
+        spatial = "DHW"[-rank:]
+        layout = f"N{spatial}C" if self.data_format == "channels_last" else f"NC{spatial}"
+        y = lax.conv_transpose(
+            x.astype(kernel.dtype),
+            kernel,
+            as_tuple(self.strides, rank),
+            self._padding(x),
+            rhs_dilation=as_tuple(self.dilation_rate, rank),
+            dimension_numbers=(layout, f"{spatial}IO", layout),
+            transpose_kernel=True,
+        )
+        return self.finish(state, y)
+
+    def _padding(self, x: jax.Array) -> Any:
+        """The padding of the dilated input; its ends follow from the size that Keras gives."""
+        if self.output_padding is None:
+            return self.padding.upper()
+        rank = x.ndim - 2
+        sizes = [x.shape[axis] for axis in spatial_axes(self.data_format, x.ndim)]
+        extra = as_tuple(self.output_padding, rank)
+        pads = []
+        options = (self.window(x), as_tuple(self.strides, rank), as_tuple(self.dilation_rate, rank))
+        for n, k, s, d, more in zip(sizes, *options, extra, strict=True):
+            k = (k - 1) * d + 1
+            same = self.padding == "same"
+            full = (n - 1) * s + k
+            out = full - 2 * (k // 2 if same else 0) + more
+            left = max(full - out, 0) // 2 if same else 0
+            pads.append((k - 1 - left, out - full + k - 1 + left))
+        return pads
+
+
+@dataclass(frozen=True, kw_only=True)
 class DepthwiseConv(_Convolution):
     """DepthwiseConv1D, DepthwiseConv2D: every channel has its own filters."""
 
     depth_multiplier: int = 1
     depthwise_initializer: Initializer = GLOROT_UNIFORM
+    # Keras 2 writes options of the plain convolution, which mean nothing here.
+    fixed: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "groups": ANY,
+        "filters": ANY,
+        "kernel_initializer": ANY,
+    }
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """Kernel (spatial..., in, multiplier)."""
@@ -117,6 +173,7 @@ class SeparableConv(_Convolution):
     depth_multiplier: int = 1
     depthwise_initializer: Initializer = GLOROT_UNIFORM
     pointwise_initializer: Initializer = GLOROT_UNIFORM
+    fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"groups": ANY, "kernel_initializer": ANY}
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """Kernels (spatial..., in, multiplier) and (1..., in * multiplier, filters)."""

@@ -14,12 +14,14 @@ from fastgpu.importers.keras.layers.initializers import (
     ZEROS,
     Initializer,
 )
-from fastgpu.importers.keras.layers.layer import ANY, Layer, LayerState
+from fastgpu.importers.keras.layers.layer import ANY, MERGED, Layer, LayerState
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity(Layer):
     """Identity."""
+
+    supports_masking: ClassVar[bool] = True
 
     def call(self, state: LayerState, x: Any, *, train: bool) -> Any:
         """Return the input."""
@@ -35,7 +37,8 @@ class Dense(Layer):
     use_bias: bool = True
     kernel_initializer: Initializer = GLOROT_UNIFORM
     bias_initializer: Initializer = ZEROS
-    fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"quantization_config": (None,)}
+    fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"quantization_config": (None,), **MERGED}
+    supports_masking: ClassVar[bool] = True
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """Kernel (in, units)."""
@@ -50,17 +53,22 @@ class Dense(Layer):
 
 @dataclass(frozen=True, kw_only=True)
 class Embedding(Layer):
-    """Embedding without masking: row i of the table for every integer i."""
+    """Embedding: row i of the table for every integer i; `mask_zero` masks the zeros."""
 
     input_dim: int
     output_dim: int
+    mask_zero: bool = False
     embeddings_initializer: Initializer = RANDOM_UNIFORM
     autocast: ClassVar[bool] = False
     fixed: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "mask_zero": (False,),
         "input_length": ANY,
         "quantization_config": (None,),
+        **MERGED,
     }
+
+    def output_mask(self, masks: tuple[Any, ...], *inputs: Any) -> Any:
+        """Where the integers are not zero."""
+        return inputs[0] != 0 if self.mask_zero else None
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """Integers (...) to vectors (..., output_dim)."""
@@ -72,10 +80,55 @@ class Embedding(Layer):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReversibleEmbedding(Embedding):
+    """ReversibleEmbedding: an embedding, and with `reverse=True` the logits of its rows."""
+
+    tie_weights: bool = True
+    reverse_dtype: str | None = None
+    logit_soft_cap: float | None = None
+
+    def call(
+        self, state: LayerState, x: jax.Array, *, train: bool, reverse: bool = False
+    ) -> jax.Array:
+        """Integers (...) to vectors (..., output_dim), or vectors to logits (..., input_dim)."""
+        shape = (self.input_dim, self.output_dim)
+        table = state.weight("embeddings", shape, self.embeddings_initializer)
+        kernel = table.T
+        if not self.tie_weights:
+            initializer = self.embeddings_initializer
+            kernel = state.weight("reverse_embeddings", shape[::-1], initializer)
+        if not reverse:
+            return jnp.take(table, x.astype("int32"), axis=0)
+        x = x.astype(kernel.dtype)
+        if self.reverse_dtype is not None:
+            x, kernel = x.astype(self.reverse_dtype), kernel.astype(self.reverse_dtype)
+        logits = x @ kernel
+        cap = self.logit_soft_cap
+        return logits if cap is None else jnp.tanh(logits / cap) * cap
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masking(Layer):
+    """Masking: zeros the steps whose features all equal a value, and masks them from here on."""
+
+    mask_value: float = 0.0
+
+    def output_mask(self, masks: tuple[Any, ...], *inputs: Any) -> Any:
+        """The steps that are kept."""
+        return jnp.any(inputs[0] != self.mask_value, axis=-1)
+
+    def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
+        """Zero the masked steps."""
+        keep = jnp.any(x != self.mask_value, axis=-1, keepdims=True)
+        return jnp.where(keep, x, jnp.zeros_like(x))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ActivationLayer(Layer):
     """Activation."""
 
     activation: Activation
+    supports_masking: ClassVar[bool] = True
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """Apply the activation."""
@@ -89,6 +142,7 @@ class ReLU(Layer):
     max_value: float | None = None
     negative_slope: float = 0.0
     threshold: float = 0.0
+    supports_masking: ClassVar[bool] = True
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """Keras's `relu` with all its options."""
@@ -111,6 +165,7 @@ class LeakyReLU(Layer):
 
     negative_slope: float = 0.3
     renamed: ClassVar[dict[str, str]] = {"alpha": "negative_slope"}
+    supports_masking: ClassVar[bool] = True
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """x above zero, slope * x below."""
@@ -118,10 +173,23 @@ class LeakyReLU(Layer):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ThresholdedReLU(Layer):
+    """ThresholdedReLU of Keras 2."""
+
+    theta: float = 1.0
+    supports_masking: ClassVar[bool] = True
+
+    def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
+        """x above the threshold, zero elsewhere."""
+        return jnp.where(x > self.theta, x, jnp.zeros_like(x))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ELU(Layer):
     """ELU."""
 
     alpha: float = 1.0
+    supports_masking: ClassVar[bool] = True
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """x above zero, alpha * (exp(x) - 1) below."""
@@ -134,6 +202,7 @@ class PReLU(Layer):
 
     alpha_initializer: Initializer = ZEROS
     shared_axes: int | tuple[int, ...] | None = None
+    supports_masking: ClassVar[bool] = True
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """x above zero, alpha * x below."""
@@ -148,10 +217,28 @@ class Softmax(Layer):
     """Softmax over one axis or several."""
 
     axis: int | tuple[int, ...] = -1
+    supports_masking: ClassVar[bool] = True
 
-    def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
-        """exp(x) / sum(exp(x))."""
-        return nn.softmax(x, self.axis)
+    def call(
+        self, state: LayerState, x: jax.Array, *, train: bool, mask: jax.Array | None = None
+    ) -> jax.Array:
+        """exp(x) / sum(exp(x)) over what the mask keeps, zero elsewhere."""
+        return masked_softmax(x, state.mask, self.axis)
+
+
+def masked_softmax(
+    x: jax.Array, mask: jax.Array | None, axis: int | tuple[int, ...] = -1
+) -> jax.Array:
+    """Softmax over the positions that a mask keeps; all zeros where it keeps none.
+
+    >>> masked_softmax(jnp.zeros(3), jnp.array([True, True, False])).tolist()
+    [0.5, 0.5, 0.0]
+    """
+    if mask is None:
+        return nn.softmax(x, axis)
+    keep = mask if mask.dtype == bool else mask > 0.5
+    lowest = -3e4 if x.dtype == jnp.float16 else -1e9
+    return jnp.where(keep, nn.softmax(jnp.where(keep, x, lowest), axis), 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +247,7 @@ class Rescaling(Layer):
 
     scale: Any
     offset: Any = 0.0
+    supports_masking: ClassVar[bool] = True
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """Rescale in the compute dtype."""

@@ -136,4 +136,5 @@ class Initializer:
 ZEROS = Initializer("Zeros")
 ONES = Initializer("Ones")
 GLOROT_UNIFORM = Initializer("GlorotUniform")
+ORTHOGONAL = Initializer("Orthogonal")
 RANDOM_UNIFORM = Initializer("RandomUniform")

@@ -4,17 +4,22 @@ To add a Keras layer, write a frozen dataclass whose fields carry the names of t
 ask `state` for the weights in the order in which Keras saves them, and enter it in the table.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import jax
 
 from fastgpu.importers.keras.dtypes import Policy
-from fastgpu.importers.keras.layers.initializers import Initializer
+from fastgpu.importers.keras.layers.initializers import ZEROS, Initializer
+
+if TYPE_CHECKING:
+    from fastgpu.importers.keras.layers.placed import Placed
 
 Path = tuple[str, ...]
 ANY: tuple[Any, ...] = ("any value",)
+# LoRA's two factors are merged into the kernel of a file.
+MERGED: dict[str, tuple[Any, ...]] = {"lora_rank": ANY, "lora_alpha": ANY}
 
 
 class Variables(Protocol):
@@ -43,15 +48,38 @@ class Variables(Protocol):
 
 @dataclass(frozen=True)
 class LayerState:
-    """The weights and the randomness of one layer while it is called.
+    """The weights, the masks and the randomness of one layer while it is called.
 
     `frozen` is Keras's `trainable=False`: weights then live in the "non_trainable" collection.
+    `masks` has the Keras mask of every positional argument: None, a boolean array, or a list or
+    dict of these where the argument is one.
     """
 
     variables: Variables
     path: Path
     policy: Policy
     frozen: bool
+    masks: tuple[Any, ...] = ()
+
+    @property
+    def mask(self) -> Any:
+        """The mask of the first argument."""
+        return self.masks[0] if self.masks else None
+
+    def child(self, name: str) -> "LayerState":
+        """The state of a part of this layer, whose weights lie below it under `name`."""
+        return replace(self, path=(*self.path, name), masks=())
+
+    def call(
+        self,
+        placed: "Placed",
+        *inputs: Any,
+        train: bool,
+        masks: tuple[Any, ...] = (),
+        **kwargs: Any,
+    ) -> Any:
+        """Call a layer that this one wraps; returns its outputs without their masks."""
+        return placed.call(self.variables, inputs, masks, kwargs, train)[0]
 
     def weight(
         self, name: str, shape: tuple[int, ...], initializer: Initializer, *, autocast: bool = True
@@ -81,6 +109,14 @@ class LayerState:
         dtype = dtype or self.policy.variable_dtype
         return self._get("non_trainable", name, shape, initializer, dtype)
 
+    def memory(self, name: str, shape: tuple[int, ...], dtype: str) -> jax.Array:
+        """What a stateful layer remembers from call to call, in "rnn_state"; zero at first."""
+        return self._get("rnn_state", name, shape, ZEROS, dtype)
+
+    def remember(self, name: str, value: jax.Array) -> None:
+        """Replace what is remembered, if the caller made "rnn_state" mutable."""
+        self.variables.put("rnn_state", self.path, name, value)
+
     def key(self) -> jax.Array:
         """A fresh random key from the "dropout" stream."""
         return self.variables.key(self.path)
@@ -103,12 +139,34 @@ class Layer:
     `autocast`: whether Keras casts floating inputs to the layer's compute dtype.
     `fixed`: options that are no fields, with the values fastgpu has an equal of (`ANY` for options
     that never change what the layer computes).
+    `penalties`: options that only add to the loss, which are reported as ignored.
     `renamed`: older names of options.
+    `nested`: options that are layers themselves, each with the attribute under which Keras saves
+    its weights; the field holds a `Placed`, or a tuple of them.
+    `saved_twice`: how many of the layer's own weights a `.keras` file repeats from a nested layer.
+    `mixes_batch`: whether in training an output depends on other examples of the batch.
+    `clears_masks`: whether in Keras 3 a call takes the masks off the tensors it is given.
+    `supports_masking`: whether the mask of the first argument becomes that of the outputs.
     """
 
     autocast: ClassVar[bool] = True
     fixed: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    penalties: ClassVar[tuple[str, ...]] = ()
     renamed: ClassVar[dict[str, str]] = {}
+    nested: ClassVar[dict[str, str]] = {}
+    saved_twice: ClassVar[int] = 0
+    mixes_batch: ClassVar[bool] = False
+    clears_masks: ClassVar[bool] = False
+    supports_masking: ClassVar[bool] = False
+
+    @classmethod
+    def complete(cls, config: Mapping[str, Any], keras_2: bool) -> Mapping[str, Any]:
+        """The config with what older versions of Keras left out or wrote differently."""
+        return config
+
+    def output_mask(self, masks: tuple[Any, ...], *inputs: Any) -> Any:
+        """The mask of the outputs: None, one, or a list of one per output."""
+        return masks[0] if self.supports_masking and masks else None
 
     def call(self, state: LayerState, *inputs: Any, train: bool) -> Any:
         """Compute the outputs from the inputs of one call."""
@@ -122,9 +180,9 @@ class Function(Layer):
     function: Callable[..., Any]
     autocast: ClassVar[bool] = False
 
-    def call(self, state: LayerState, *inputs: Any, train: bool) -> Any:
-        """Call the user's function on the layer's inputs."""
-        return self.function(*inputs)
+    def call(self, state: LayerState, *inputs: Any, train: bool, **kwargs: Any) -> Any:
+        """Call the user's function on what the layer is called with."""
+        return self.function(*inputs, **kwargs)
 
 
 def spatial_axes(data_format: str, ndim: int) -> tuple[int, ...]:

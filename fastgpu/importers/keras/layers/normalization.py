@@ -44,6 +44,8 @@ class BatchNormalization(Layer):
         "fused": ANY,
         "virtual_batch_size": (None,),
     }
+    supports_masking: ClassVar[bool] = True
+    mixes_batch: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Keras 2 writes the axis as a list of one."""
@@ -51,8 +53,10 @@ class BatchNormalization(Layer):
             (axis,) = self.axis
             object.__setattr__(self, "axis", axis)
 
-    def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
-        """Normalize over all axes but one."""
+    def call(
+        self, state: LayerState, x: jax.Array, *, train: bool, mask: jax.Array | None = None
+    ) -> jax.Array:
+        """Normalize over all axes but one; masked positions do not count in training."""
         assert isinstance(self.axis, int)
         axis = positive_axis(self.axis, x.ndim)
         shape = (x.shape[axis],)
@@ -68,7 +72,10 @@ class BatchNormalization(Layer):
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         x, mean, variance = x.astype(dtype), mean.astype(dtype), variance.astype(dtype)
         if train and not state.frozen:
-            batch_mean, batch_variance = _moments(x, axis)
+            if state.mask is None:
+                batch_mean, batch_variance = _moments(x, axis)
+            else:
+                batch_mean, batch_variance = _masked_moments(x, axis, state.mask)
             keep = self.momentum
             state.update_statistic("moving_mean", mean * keep + batch_mean * (1.0 - keep))
             state.update_statistic(
@@ -92,6 +99,16 @@ def _moments(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     centre = lax.stop_gradient(mean)
     spread = jnp.mean(jnp.square(x - along_axis(centre, axis, x.ndim)), axes)
     return mean, spread - jnp.square(mean - centre)
+
+
+def _masked_moments(x: jax.Array, axis: int, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance over the positions that `mask`, without the last axis, keeps."""
+    axes = tuple(i for i in range(x.ndim) if i != axis)
+    keep = jnp.broadcast_to(mask[..., None].astype(bool), x.shape)
+    count = jnp.sum(keep.astype(x.dtype), axes) + _EPSILON
+    mean = jnp.sum(jnp.where(keep, x, 0), axes) / count
+    difference = jnp.where(keep, x - along_axis(mean, axis, x.ndim), 0)
+    return mean, jnp.sum(jnp.square(difference), axes) / count
 
 
 def _normalize(
@@ -124,10 +141,11 @@ class LayerNormalization(Layer):
     beta_initializer: Initializer = ZEROS
     gamma_initializer: Initializer = ONES
     autocast: ClassVar[bool] = False
-    fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"rms_scaling": (False,)}
+    rms_scaling: bool = False
+    supports_masking: ClassVar[bool] = True
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
-        """Normalize every example over the given axes."""
+        """Normalize every example over the given axes; `rms_scaling` does not take off the mean."""
         axes = (self.axis,) if isinstance(self.axis, int) else self.axis
         axes = tuple(sorted(positive_axis(axis, x.ndim) for axis in axes))
         shape = tuple(x.shape[axis] for axis in axes)
@@ -137,11 +155,11 @@ class LayerNormalization(Layer):
         mean = jnp.mean(x, axes, keepdims=True)
         variance = jnp.mean(jnp.square(x - mean), axes, keepdims=True)
         factor = lax.rsqrt(variance + self.epsilon)
-        if self.scale:
+        if self.scale or self.rms_scaling:
             gamma = state.weight("gamma", shape, self.gamma_initializer, autocast=False)
             factor = factor * gamma.astype(dtype).reshape(broadcast)
-        offset = -mean * factor
-        if self.center:
+        offset = jnp.zeros_like(mean) if self.rms_scaling else -mean * factor
+        if self.center and not self.rms_scaling:
             beta = state.weight("beta", shape, self.beta_initializer, autocast=False)
             offset = offset + beta.astype(dtype).reshape(broadcast)
         return (x * factor + offset).astype(original).astype(state.policy.compute_dtype)
@@ -155,6 +173,7 @@ class Normalization(Layer):
     mean: Any = None
     variance: Any = None
     invert: bool = False
+    supports_masking: ClassVar[bool] = True
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """(x - mean) / deviation, or back with `invert`."""

@@ -17,12 +17,16 @@ class Dropout(Layer):
     rate: float
     noise_shape: tuple[int | None, ...] | None = None
     fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"seed": ANY}
+    supports_masking: ClassVar[bool] = True
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """Zero some values and scale the others up."""
+        return drop(state, x, self.rate, self.shape(x)) if train else x
+
+    def shape(self, x: jax.Array) -> tuple[int, ...]:
+        """The shape of the mask."""
         sizes = self.noise_shape or (None,) * x.ndim
-        shape = tuple(n if size is None else size for n, size in zip(x.shape, sizes, strict=True))
-        return _drop(state, x, self.rate, shape) if train else x
+        return tuple(n if size is None else size for n, size in zip(x.shape, sizes, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,7 @@ class SpatialDropout(Layer):
     rate: float
     data_format: str = "channels_last"
     fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"seed": ANY, "noise_shape": (None,)}
+    supports_masking: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse option values that Keras does not define."""
@@ -41,7 +46,33 @@ class SpatialDropout(Layer):
         """Zero some channels and scale the others up."""
         channel = x.ndim - 1 if self.data_format == "channels_last" else 1
         shape = tuple(n if axis in (0, channel) else 1 for axis, n in enumerate(x.shape))
-        return _drop(state, x, self.rate, shape) if train else x
+        return drop(state, x, self.rate, shape) if train else x
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlphaDropout(Dropout):
+    """AlphaDropout (Klambauer et al., arXiv:1706.02515), which keeps mean and variance."""
+
+    def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
+        """Set some values to the negative saturation of SELU."""
+        if not train or self.rate == 0:
+            return x
+        alpha = -1.6732632423543772 * 1.0507009873554805
+        scale = ((1 - self.rate) * (1 + self.rate * alpha**2)) ** -0.5
+        keep = jax.random.bernoulli(state.key(), 1 - self.rate, self.shape(x))
+        return scale * jnp.where(keep, x, alpha) - scale * alpha * self.rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivityRegularization(Layer):
+    """ActivityRegularization: the input; its penalty on the loss is reported as ignored."""
+
+    penalties: ClassVar[tuple[str, ...]] = ("l1", "l2")
+    supports_masking: ClassVar[bool] = True
+
+    def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
+        """Return the input."""
+        return x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +81,7 @@ class GaussianDropout(Layer):
 
     rate: float
     fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"seed": ANY}
+    supports_masking: ClassVar[bool] = True
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """x * N(1, rate / (1 - rate))."""
@@ -65,6 +97,7 @@ class GaussianNoise(Layer):
 
     stddev: float
     fixed: ClassVar[dict[str, tuple[Any, ...]]] = {"seed": ANY}
+    supports_masking: ClassVar[bool] = True
 
     def call(self, state: LayerState, x: jax.Array, *, train: bool) -> jax.Array:
         """x + N(0, stddev^2)."""
@@ -73,7 +106,8 @@ class GaussianNoise(Layer):
         return x + self.stddev * jax.random.normal(state.key(), x.shape, x.dtype)
 
 
-def _drop(state: LayerState, x: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
+def drop(state: LayerState, x: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
+    """Zero values of `x` with a mask of `shape`, which broadcasts, and scale up the others."""
     if rate == 0:
         return x
     if rate == 1:

@@ -43,6 +43,11 @@ from fastgpu.exporters.stablehlo_model import default_platforms, unknown_custom_
 from fastgpu.exporters.staging import staged_folder
 
 _NAME = "call"
+# What safetensors both writes from NumPy and reads into JAX.
+_SEPARATE_DTYPES = {
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("bfloat16", "float16", "float32", "float64", "complex64"),
+}
 
 
 def export_stablehlo(
@@ -166,6 +171,13 @@ def _flat(variables: Any) -> dict[str, np.ndarray]:
             got=", ".join(sorted(named)[:5]),
             fix='rename them, or pass weights="inside"',
         )
+    if odd := {leaf.dtype.name for leaf in named.values()} - _SEPARATE_DTYPES:
+        raise ExportError(
+            "these weights cannot be stored beside the program",
+            expected=f"one of {', '.join(sorted(_SEPARATE_DTYPES))}",
+            got=", ".join(sorted(odd)),
+            fix='pass weights="inside"',
+        )
     return named
 
 
@@ -188,11 +200,11 @@ def _lower(
 
     def serve_with(weights: dict[str, jax.Array], *arrays: jax.Array) -> dict[str, Any]:
         # `_flat` keeps the order of the leaves; a dict that comes through jit is sorted.
-        leaves = [weights[name] for name in names]
+        leaves = [weights[name] for name in flat]
         return named_outputs(fn(jax.tree.unflatten(tree, leaves), *arrays))
 
-    names, tree = list(_flat(variables)), jax.tree.structure(variables)
-    types = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in _flat(variables).items()}
+    flat, tree = _flat(variables), jax.tree.structure(variables)
+    types = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flat.items()}
     return lower(_NAME, serve_with, (types, *arguments), platforms)
 
 
@@ -217,7 +229,8 @@ def _write(
     if weights is not None:
         from safetensors.numpy import save_file
 
-        arrays = {name: np.ascontiguousarray(leaf) for name, leaf in weights.items()}
+        # not ascontiguousarray: it makes a vector of a scalar
+        arrays = {name: np.asarray(leaf, order="C") for name, leaf in weights.items()}
         save_file(arrays, folder / WEIGHTS_FILE)
     avals = exported.in_avals[len(exported.in_avals) - len(specs) :]
     manifest = Manifest(

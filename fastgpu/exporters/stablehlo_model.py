@@ -14,6 +14,7 @@ from fastgpu.exporters.manifest import (
     PROGRAM_FILE,
     WEIGHTS_FILE,
     Manifest,
+    StoredFile,
     check_file,
     read_manifest,
 )
@@ -35,12 +36,17 @@ class StableHLOModel:
     `manifest` says what it takes and returns. Raises `BatchError` for other inputs.
     """
 
-    def __init__(self, manifest: Manifest, exported: jax.export.Exported, weights: Any) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        exported: jax.export.Exported,
+        weights: tuple[dict[str, jax.Array], ...],
+    ) -> None:
         self.manifest = manifest
         self._run = jax.jit(exported.call)
-        self._weights = () if weights is None else (weights,)
+        self._weights = weights
 
-    def __call__(self, *inputs: Any, **named: Any) -> dict[str, jax.Array]:
+    def __call__(self, /, *inputs: Any, **named: Any) -> dict[str, jax.Array]:
         """The outputs by name; inputs by position, by name, or both."""
         return self._run(*self._weights, *self._checked(inputs, named))
 
@@ -125,12 +131,33 @@ def load_stablehlo(path: str | os.PathLike[str]) -> StableHLOModel:
             got=", ".join(unknown),
             fix="export the model without callbacks and custom kernels",
         )
-    weights = None
-    if manifest.weights is not None:
-        from safetensors.flax import load_file
-
-        weights = load_file(check_file(folder / WEIGHTS_FILE, manifest.weights))
+    weights = () if manifest.weights is None else (_weights(folder, manifest.weights),)
+    arguments = ((*weights, *manifest.inputs), {})
+    types = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(weights)]
+    declared = [(aval.shape, aval.dtype) for aval in exported.in_avals[: len(types)]]
+    if jax.tree.structure(arguments) != exported.in_tree or types != declared:
+        raise FileError(
+            f"{folder}: the weights and the program do not belong together",
+            expected=f"{exported.in_tree}"[:200],
+            got=f"{jax.tree.structure(arguments)}"[:200],
+            fix="export the model again",
+        )
     return StableHLOModel(manifest, exported, weights)
+
+
+def _weights(folder: Path, stored: StoredFile) -> dict[str, jax.Array]:
+    from safetensors.flax import load_file
+
+    path = check_file(folder / WEIGHTS_FILE, stored)
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise FileError(
+            f"{path} cannot be read",
+            expected="arrays in safetensors",
+            got=f"{type(error).__name__}: {str(error)[:200]}",
+            fix="export the model again",
+        ) from error
 
 
 def unknown_custom_calls(stablehlo: str) -> list[str]:

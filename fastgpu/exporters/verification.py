@@ -162,7 +162,7 @@ def default_tolerance(stablehlo: str) -> float:
     (0.0001, 0.03)
     """
     return next(
-        (bound for kind, bound in _TOLERANCES if re.search(rf"[<x]{kind}>", stablehlo)),
+        (b for kind, b in _TOLERANCES if f"<{kind}>" in stablehlo or f"x{kind}>" in stablehlo),
         _TOLERANCES[-1][1],
     )
 

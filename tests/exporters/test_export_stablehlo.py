@@ -1,9 +1,11 @@
 """`export_stablehlo`: the folder runs without the model's code; damaged folders are refused."""
 
+import dataclasses
 import hashlib
 import json
 import os
 import pickle
+import random
 import re
 import shutil
 import subprocess
@@ -14,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from fastgpu.errors import BatchError, ExportError, FileError
 from fastgpu.exporters import export_stablehlo, load_stablehlo, lowering, verification
+from fastgpu.exporters.manifest import describe_file
 from fastgpu.exporters.stablehlo_model import unknown_custom_calls
 from fastgpu.importers import from_keras
 
@@ -84,10 +88,12 @@ def exports(tagger, tmp_path_factory):
     """Both ways to store weights: path and report."""
     folder = tmp_path_factory.mktemp("export") / "nested"
     settings = {"inputs": INPUTS, "platforms": ("cpu", "cuda", "tpu")}
-    return {
-        how: (folder / how, export_stablehlo(*tagger, folder / how, weights=how, **settings))
-        for how in ("inside", "separate")
-    }
+    found = {}
+    for how, sizes in (("inside", (1, 3)), ("separate", (3,))):
+        path = folder / how
+        report = export_stablehlo(*tagger, path, weights=how, batch_sizes=sizes, **settings)
+        found[how] = (path, report)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -165,10 +171,9 @@ def test_the_folder_holds_manifest_program_and_report(tagger, exports, how):
     assert str(report).startswith(f"{path}: StableHLO, ")
     assert report.variables == len(jax.tree.leaves(tagger[1]))
     (signature,) = report.signatures
-    assert [check.sizes for check in signature.checks] == [
-        {"batch": 1, "time": 32},
-        {"batch": 3, "time": 40},
-    ]
+    sizes = [check.sizes for check in signature.checks]
+    one_and_three = [{"batch": 1, "time": 32}, {"batch": 3, "time": 40}]
+    assert sizes == ([{"batch": 3, "time": 32}] if separate else one_and_three)
     assert max(check.relative_error for check in signature.checks) < 1e-5
 
 
@@ -253,6 +258,58 @@ def test_a_damaged_folder_is_refused(small, tmp_path, kind):
     with pytest.raises(FileError, match=re.escape(said)) as caught:
         load_stablehlo(folder)
     assert "to do:" in str(caught.value)
+
+
+def _mutated(value, rng):
+    """A JSON document with one place changed."""
+    if isinstance(value, dict | list) and value and rng.random() < 0.8:
+        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+        key = rng.choice(keys)
+        if rng.random() < 0.2:
+            del value[key]
+        else:
+            value[key] = _mutated(value[key], rng)
+        return value
+    return rng.choice([None, True, -1, 1.5, 10**30, "x", "", [], {}, [[]], ["cpu"], "O", [{}]])
+
+
+def test_no_manifest_does_more_than_be_refused(small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "copy")
+    manifest = folder / "stablehlo.json"
+    text, rng = manifest.read_text(), random.Random(0)
+    refused = 0
+    for _ in range(300):
+        manifest.write_text(json.dumps(_mutated(json.loads(text), rng)))
+        try:
+            load_stablehlo(folder)
+        except FileError:
+            refused += 1
+    assert refused > 250
+
+
+def test_separate_weights_are_checked_like_the_program(tmp_path, monkeypatch):
+    monkeypatch.setattr(verification, "outputs_of_script", _in_this_process)
+
+    def scale(weights, x):
+        return x * weights["a/b"] + weights["shift"][0].astype(np.float32)
+
+    weights = {"shift": [np.array([2, 3], jnp.int4)], "a/b": np.float32(3)}
+    with pytest.raises(ExportError, match="got: int4"):
+        export_stablehlo(scale, weights, tmp_path / "out", inputs=(None, 2), weights="separate")
+    weights["shift"] = [np.array([2, 3], np.int8)]
+    export_stablehlo(scale, weights, tmp_path / "out", inputs=(None, 2), weights="separate")
+    outputs = load_stablehlo(tmp_path / "out")(np.ones((1, 2)))["output_0"]
+    np.testing.assert_array_equal(outputs, [[5, 6]])
+
+    stored = tmp_path / "out" / "weights.safetensors"
+    for data, said in ((b"garbage!!", "cannot be read"), (None, "do not belong together")):
+        save_file({"a/b": np.float32([3])}, stored) if data is None else stored.write_bytes(data)
+        with pytest.raises(FileError, match="is not the file that was exported"):
+            load_stablehlo(tmp_path / "out")
+        described = dataclasses.asdict(describe_file(stored))
+        _change(tmp_path / "out", weights=described)
+        with pytest.raises(FileError, match=said):
+            load_stablehlo(tmp_path / "out")
 
 
 def test_programs_that_bring_code_along_are_refused(tmp_path):

@@ -51,9 +51,9 @@ class StableHLOModel:
         return self._run(*self._weights, *self._checked(inputs, named))
 
     def __repr__(self) -> str:
-        inputs = ", ".join(f"{spec.name}: {spec}" for spec in self.manifest.inputs)
-        outputs = ", ".join(f"{spec.name}: {spec}" for spec in self.manifest.outputs)
-        return f"StableHLOModel({inputs}) -> {outputs}"
+        manifest = self.manifest
+        types = _types(manifest.inputs, manifest.outputs, manifest.platforms)
+        return f"StableHLOModel{types}"
 
     def _checked(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> list[jax.Array]:
         specs = self.manifest.inputs
@@ -99,38 +99,7 @@ def load_stablehlo(path: str | os.PathLike[str]) -> StableHLOModel:
     folder = Path(os.path.abspath(path))
     manifest = read_manifest(folder)
     _check_runs_here(manifest, folder)
-    program = check_file(folder / PROGRAM_FILE, manifest.program).read_bytes()
-    try:
-        exported = jax.export.deserialize(bytearray(program))
-        stablehlo = exported.mlir_module()
-        inputs = exported.in_avals[len(exported.in_avals) - len(manifest.inputs) :]
-        found = tuple(array_spec(s.name, a) for s, a in zip(manifest.inputs, inputs, strict=True))
-        outputs = tuple(output_specs(exported).values())
-    except Exception as error:
-        raise FileError(
-            f"{folder / PROGRAM_FILE} is no program that JAX {jax.__version__} can read",
-            expected="a program serialized by jax.export",
-            got=f"{type(error).__name__}: {str(error)[:200]}",
-            fix=f"export it again, or use JAX {manifest.jax}, which wrote it",
-        ) from error
-    if (found, outputs, exported.platforms) != (
-        manifest.inputs,
-        manifest.outputs,
-        manifest.platforms,
-    ):
-        raise FileError(
-            f"{folder}: the manifest and the program do not belong together",
-            expected=", ".join(map(str, (*manifest.inputs, *manifest.outputs))),
-            got=", ".join(map(str, (*found, *outputs))),
-            fix="export the model again",
-        )
-    if unknown := unknown_custom_calls(stablehlo):
-        raise FileError(
-            f"{folder / PROGRAM_FILE} calls code that does not belong to XLA",
-            expected="operations of StableHLO and of the linear algebra libraries",
-            got=", ".join(unknown),
-            fix="export the model without callbacks and custom kernels",
-        )
+    exported = _program(folder / PROGRAM_FILE, manifest)
     weights = () if manifest.weights is None else (_weights(folder, manifest.weights),)
     arguments = ((*weights, *manifest.inputs), {})
     types = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(weights)]
@@ -143,6 +112,53 @@ def load_stablehlo(path: str | os.PathLike[str]) -> StableHLOModel:
             fix="export the model again",
         )
     return StableHLOModel(manifest, exported, weights)
+
+
+def _program(path: Path, manifest: Manifest) -> jax.export.Exported:
+    """The program, if JAX can read it, it is the manifest's, and it calls no foreign code."""
+    program = check_file(path, manifest.program).read_bytes()
+    try:
+        exported = jax.export.deserialize(bytearray(program))
+        stablehlo = exported.mlir_module()
+        avals = exported.in_avals[len(exported.in_avals) - len(manifest.inputs) :]
+        inputs = tuple(array_spec(s.name, a) for s, a in zip(manifest.inputs, avals, strict=True))
+        outputs = tuple(output_specs(exported).values())
+    except Exception as error:
+        raise FileError(
+            f"{path} is no program that JAX {jax.__version__} can read",
+            expected="a program serialized by jax.export",
+            got=f"{type(error).__name__}: {str(error)[:200]}",
+            fix=f"export it again, or use JAX {manifest.jax}, which wrote it",
+        ) from error
+    found = (inputs, outputs, exported.platforms)
+    if found != (manifest.inputs, manifest.outputs, manifest.platforms):
+        raise FileError(
+            f"{path.parent}: the manifest and the program do not belong together",
+            expected=_types(manifest.inputs, manifest.outputs, manifest.platforms),
+            got=_types(*found),
+            fix="export the model again",
+        )
+    if unknown := unknown_custom_calls(stablehlo):
+        raise FileError(
+            f"{path} calls code that does not belong to XLA",
+            expected="operations of StableHLO and of the linear algebra libraries",
+            got=", ".join(unknown),
+            fix="export the model without callbacks and custom kernels",
+        )
+    return exported
+
+
+def _types(
+    inputs: tuple[InputSpec, ...], outputs: tuple[InputSpec, ...], platforms: tuple[str, ...]
+) -> str:
+    """Inputs, outputs and platforms on one line.
+
+    >>> _types((InputSpec("x", ("batch", 3), jnp.dtype("float32")),), (), ("cpu", "tpu"))
+    '(x: float32[batch, 3]) -> () on cpu, tpu'
+    """
+    given = ", ".join(f"{spec.name}: {spec}" for spec in inputs)
+    returned = ", ".join(f"{spec.name}: {spec}" for spec in outputs)
+    return f"({given}) -> ({returned}) on {', '.join(platforms)}"
 
 
 def _weights(folder: Path, stored: StoredFile) -> dict[str, jax.Array]:

@@ -125,7 +125,7 @@ def test_the_program_gives_the_live_numbers_at_every_size(exports, live, how):
     for inputs, expected in zip(CALLS, live, strict=True):
         _assert_equal(model(*inputs), expected)
     assert repr(model).startswith(
-        "StableHLOModel(tokens: int32[batch, time], features: float32[batch, 6]) -> best_0:"
+        "StableHLOModel(tokens: int32[batch, time], features: float32[batch, 6]) -> (best_0:"
     )
 
 
@@ -312,12 +312,34 @@ def test_separate_weights_are_checked_like_the_program(tmp_path, monkeypatch):
             load_stablehlo(tmp_path / "out")
 
 
-def test_programs_that_bring_code_along_are_refused(tmp_path):
+def test_programs_that_bring_code_along_are_refused(small, tmp_path):
     text = 'custom_call @lapack_spotrf_ffi(%0) custom_call @cusolver_potrf_ffi custom_call @"Eigh"'
     assert unknown_custom_calls(text) == []
     foreign = ["tpu_custom_call", "xla_ffi_python_cpu_callback", "xla_python_gpu_callback"]
     text = " ".join(f"stablehlo.custom_call @{name}(%0)" for name in foreign)
     assert unknown_custom_calls(text) == foreign
+
+    # written around the exporter, which would not write it
+    def call(x):
+        return {"output_0": jax.ffi.ffi_call("brought_along", x)(x)}
+
+    allowed = [jax.export.DisabledSafetyCheck.custom_call("brought_along")]
+    exported = jax.export.export(jax.jit(call), disabled_checks=allowed, platforms=("cpu", "cuda"))
+    folder = shutil.copytree(small, tmp_path / "foreign")
+    (folder / "program.bin").write_bytes(exported(np.ones((3,), np.float32)).serialize())
+    one = {"shape": [3], "dtype": "float32"}
+    _change(
+        folder,
+        program=dataclasses.asdict(describe_file(folder / "program.bin")),
+        inputs=[one | {"name": "input_0"}],
+        outputs=[one | {"name": "output_0"}],
+    )
+    with pytest.raises(FileError, match="calls code that does not belong to XLA") as refused:
+        load_stablehlo(folder)
+    assert "got: brought_along" in str(refused.value)
+
+
+def test_what_calls_python_cannot_be_exported(tmp_path):
     shape = jax.ShapeDtypeStruct((2,), np.float32)
     for inputs in ([shape], [(None, 2)]):
         with pytest.raises(ExportError) as caught:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from fastgpu.config import configure as configure
     from fastgpu.errors import FastGPUError as FastGPUError
     from fastgpu.exporters import export_saved_model as export_saved_model
+    from fastgpu.exporters import export_stablehlo as export_stablehlo
+    from fastgpu.exporters import load_stablehlo as load_stablehlo
     from fastgpu.importers import from_keras as from_keras
     from fastgpu.importers import from_nnx as from_nnx
     from fastgpu.importers import from_onnx as from_onnx
@@ -63,6 +65,8 @@ _PUBLIC = {
     "benchmark": "fastgpu.benchmarking",
     # deploy
     "export_saved_model": "fastgpu.exporters",
+    "export_stablehlo": "fastgpu.exporters",
+    "load_stablehlo": "fastgpu.exporters",
 }
 _SUBMODULES = ("errors", "hardware", "ir", "models", "optimizers", "transforms")
 

@@ -18,7 +18,7 @@ from fastgpu.errors import TraceError
 from fastgpu.hardware import Device, Target, resolve_target
 from fastgpu.ir.analysis import aval_bytes
 from fastgpu.ir.compat import ClosedJaxpr, Tracer, eval_jaxpr, jaxpr_as_fun, platform
-from fastgpu.transforms import Policy, Precision, optimize, optimized_trace, policy_of
+from fastgpu.transforms import Precision, optimize, optimized_trace, policy_of
 from fastgpu.transforms.remat import (
     Joint,
     Planner,
@@ -208,7 +208,7 @@ def gradient_of(
     fn: Callable[..., tuple[Any, Any]],
     passes: Any,
     target: str | Device | Target | None,
-    precision: Policy,
+    precision: Precision = None,
 ) -> Callable[..., Any]:
     """`jax.value_and_grad(optimize(fn), has_aux=True)`, of the first argument.
 
@@ -233,7 +233,7 @@ def _in_chunks(
     rest: Any,
     passes: Any,
     target: Any,
-    precision: Policy,
+    precision: Precision,
 ) -> Any:
     """`((value, aux), gradients)` with a large product near its end in chunks, if there is one."""
     if not _may_be_wide(moving, rest):

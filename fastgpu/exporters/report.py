@@ -5,6 +5,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+REPORT_FILE = "fastgpu_export.json"
+
 
 @dataclass(frozen=True)
 class Check:
@@ -35,10 +37,11 @@ class SignatureReport:
 class ExportReport:
     """A finished, verified export: `print(report)` shows it, `to_json()` is in the folder.
 
-    `bytes` is the size of the files on disk, `seconds` the time of the whole call, verification
-    included.
+    `format` is "SavedModel" or "StableHLO", `bytes` the size of the files on disk, `seconds` the
+    time of the whole call, verification included.
     """
 
+    format: str
     path: Path
     signatures: tuple[SignatureReport, ...]
     platforms: tuple[str, ...]
@@ -54,7 +57,7 @@ class ExportReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.path}: SavedModel, {self.bytes / 1e6:.2f} MB, {self.variables} variables"
+            f"{self.path}: {self.format}, {self.bytes / 1e6:.2f} MB, {self.variables} variables"
             f" ({self.trainable_variables} trainable), platforms {', '.join(self.platforms)},"
             f" verified in {self.seconds:.1f} s"
         ]

@@ -1,6 +1,5 @@
 """`export_saved_model`: a module or function and its variables as a TensorFlow SavedModel."""
 
-import contextlib
 import os
 import re
 import time
@@ -15,7 +14,8 @@ import numpy as np
 
 from fastgpu.errors import ExportError, require
 from fastgpu.exporters import verification
-from fastgpu.exporters.report import ExportReport, SignatureReport
+from fastgpu.exporters.lowering import cpu_if, host_array, lower, output_specs
+from fastgpu.exporters.report import REPORT_FILE, ExportReport, SignatureReport
 from fastgpu.exporters.signatures import (
     InputSpec,
     Signature,
@@ -29,8 +29,6 @@ from fastgpu.exporters.staging import staged_folder
 from fastgpu.exporters.tensorflow_ops import refuse_unknown_calls, runnable_in_tensorflow
 
 DEFAULT_SIGNATURE = "serving_default"
-REPORT_FILE = "fastgpu_export.json"
-_LARGEST_PROGRAM = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def export_saved_model(
     started = time.perf_counter()
     tf = require("tensorflow", "tensorflow")
     target, platforms = Path(os.path.abspath(path)), tuple(platforms)
-    variables = jax.tree.map_with_path(_host_array, variables)
+    variables = jax.tree.map_with_path(host_array, variables)
     with staged_folder(target, overwrite=overwrite, marker="saved_model.pb") as work:
         lowered = [
             _lower(name, signature, variables, platforms)
@@ -101,7 +99,7 @@ def export_saved_model(
             ).items()
         ]
         _check_calling_convention(lowered[0].version)
-        with _cpu_if(platforms):
+        with cpu_if(platforms):
             calls = {
                 s.name: verification.live_calls(
                     s.name, s.fn, variables, s.specs, s.sample, batch_sizes
@@ -112,6 +110,7 @@ def export_saved_model(
         _write(tf, lowered, weights, platforms, work / "new")
         checks = _verify(work, lowered, calls, tolerance, on_cpu="cpu" in platforms)
         report = ExportReport(
+            format="SavedModel",
             path=target,
             signatures=tuple(
                 SignatureReport(
@@ -152,46 +151,20 @@ def _lower(name: str, signature: Signature, variables: Any, platforms: tuple[str
     sample = sample_arrays(specs, signature.inputs, signature.sample)
     fn = inference_function(signature.fn)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
-    try:
-        exported = jax.export.export(jax.jit(runnable_in_tensorflow(fn)), platforms=platforms)(
-            shapes, *symbolic_arguments(specs)
-        )
-    except ExportError:
-        raise
-    except Exception as error:
-        raise ExportError(
-            f"signature {name!r} cannot be lowered for {', '.join(platforms)}",
-            expected=f"a function of (variables, {', '.join(map(str, specs))})",
-            got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
-            fix="if a symbolic size is the trouble, give it as a number, or name sizes that are"
-            ' equal with the same string: inputs=[("batch", "time"), ("batch", "time")]',
-        ) from error
-    _check_program_size(name, len(exported.mlir_module_serialized))
+    exported = lower(
+        name, runnable_in_tensorflow(fn), (shapes, *symbolic_arguments(specs)), platforms
+    )
     stablehlo = exported.mlir_module()
     refuse_unknown_calls(stablehlo)
-    outputs = named_outputs(jax.tree.unflatten(exported.out_tree, exported.out_avals))
     return _Lowered(
         name=name,
         fn=fn,
         specs=specs,
         sample=sample,
-        outputs={
-            key: f"{aval.dtype.name}[{', '.join(map(str, aval.shape))}]"
-            for key, aval in outputs.items()
-        },
+        outputs={name: str(spec) for name, spec in output_specs(exported).items()},
         version=exported.calling_convention_version,
         tolerance=verification.default_tolerance(stablehlo),
     )
-
-
-def _check_program_size(name: str, size: int) -> None:
-    if size > _LARGEST_PROGRAM:
-        raise ExportError(
-            f"the program of signature {name!r} has arrays baked into it",
-            expected=f"a program of at most {_LARGEST_PROGRAM >> 20} MiB, weights in `variables`",
-            got=f"{size >> 20} MiB",
-            fix="pass every large array that the function uses through `variables`",
-        )
 
 
 def _check_calling_convention(version: int) -> None:
@@ -204,30 +177,6 @@ def _check_calling_convention(version: int) -> None:
             got=f"calling convention {newest}",
             fix="pip install --upgrade 'fastgpu[tensorflow]'",
         )
-
-
-def _host_array(path: Any, leaf: Any) -> np.ndarray:
-    """A leaf as a NumPy array of the dtype that JAX computes with."""
-    if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        raise ExportError(
-            f"variables{jax.tree_util.keystr(path)} is a random key",
-            expected="arrays of numbers",
-            got=str(leaf.dtype),
-            fix="export the inference function, without random state",
-        )
-    array = np.asarray(jax.device_get(leaf))
-    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
-
-
-@contextlib.contextmanager
-def _cpu_if(platforms: tuple[str, ...]):
-    """Compute on the CPU when the export can: the reloaded copy runs there too."""
-    try:
-        device = jax.devices("cpu")[0] if "cpu" in platforms else None
-    except RuntimeError:
-        device = None
-    with jax.default_device(device) if device is not None else contextlib.nullcontext():
-        yield
 
 
 def _tf_variables(tf: Any, variables: Any) -> Any:

@@ -78,21 +78,49 @@ def reloaded_outputs(folder: Path, calls: Sequence[Call], work: Path, *, on_cpu:
 
     Raises `ExportError` with TensorFlow's own words when it cannot load or run the model.
     """
-    questions, answers = work / "calls.pickle", work / "results.pickle"
-    questions.write_bytes(pickle.dumps([(call.signature, call.inputs) for call in calls]))
-    environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    settings = {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "2"}
     if on_cpu:
-        environment["CUDA_VISIBLE_DEVICES"] = "-1"
-    # -P: the script's own folder must not be searched for modules.
-    command = [sys.executable, "-P", reload_savedmodel.__file__, folder, questions, answers]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if process.returncode != 0:
+        settings["CUDA_VISIBLE_DEVICES"] = "-1"
+    try:
+        return outputs_of_script(
+            reload_savedmodel.__file__,
+            folder,
+            [(call.signature, call.inputs) for call in calls],
+            work,
+            settings,
+        )
+    except ScriptError as error:
         raise ExportError(
             "the exported model does not run in TensorFlow",
             expected="a process without JAX to load it and call every signature",
-            got=_last_words(process.stderr),
+            got=last_words(error.stderr),
             fix="the operation named above has no form that TensorFlow's XLA knows; replace it",
-        )
+        ) from None
+
+
+class ScriptError(Exception):
+    """A reloading script ended with an error; `stderr` is what it wrote."""
+
+    def __init__(self, stderr: str) -> None:
+        super().__init__(stderr)
+        self.stderr = stderr
+
+
+def outputs_of_script(
+    script: str, folder: Path, calls: Sequence[Any], work: Path, settings: dict[str, str]
+) -> list[dict[str, np.ndarray]]:
+    """What `script`, in a process of its own, writes about `calls` to the export in `folder`.
+
+    `settings` are added to the environment. Raises `ScriptError` when the process fails.
+    """
+    questions, answers = work / "calls.pickle", work / "results.pickle"
+    questions.write_bytes(pickle.dumps(calls))
+    # -P: the script's own folder must not be searched for modules.
+    command = [sys.executable, "-P", script, folder, questions, answers]
+    environment = {**os.environ, **settings}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        raise ScriptError(process.stderr)
     return pickle.loads(answers.read_bytes())
 
 
@@ -134,7 +162,7 @@ def default_tolerance(stablehlo: str) -> float:
     (0.0001, 0.03)
     """
     return next(
-        (bound for kind, bound in _TOLERANCES if re.search(rf"[<x]{kind}>", stablehlo)),
+        (b for kind, b in _TOLERANCES if f"<{kind}>" in stablehlo or f"x{kind}>" in stablehlo),
         _TOLERANCES[-1][1],
     )
 
@@ -178,8 +206,8 @@ def _difference(expected: np.ndarray, got: np.ndarray) -> tuple[float, float]:
     return error, error / max(float(finite.max(initial=0)), float(np.finfo(np.float32).tiny))
 
 
-def _last_words(stderr: str) -> str:
-    """The line of TensorFlow's traceback that says what was wrong."""
+def last_words(stderr: str) -> str:
+    """The line of a traceback that says what was wrong."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     telling = [line for line in lines if not re.match(r"\[\[|File |\^|WARNING|[IWE]\d{4} ", line)]
     return (telling or lines or ["no message"])[-1][:400]

@@ -163,10 +163,11 @@ def test_train_leaves_a_run_that_can_be_resumed_and_exported(folder: Path) -> No
     # what was saved is what was measured, in float32
     assert scores["loss"] == pytest.approx(resumed["last"]["eval_loss"], rel=1e-5)
 
-    other, exported, again = in_one_process(
+    other, exported, again, program = in_one_process(
         (*train, "--batch-size", 8),
         ("export", "model.keras", "out", "--run", "run", "--json"),
         ("export", "model.keras", "out"),
+        ("export", "model.keras", "program", "--format", "stablehlo", "--run", "run", "--json"),
         cwd=folder,
     )
     assert other[0] == 1
@@ -174,6 +175,15 @@ def test_train_leaves_a_run_that_can_be_resumed_and_exported(folder: Path) -> No
     assert json.loads(exported[1])["trainable_variables"] == 4
     assert (folder / "out" / "saved_model.pb").exists()
     assert again[0] == 1 and len(again[2].strip().splitlines()) == 1
+    assert json.loads(program[1])["format"] == "StableHLO"
+    with np.load(folder / "data.npz") as data:
+        inputs = data["inputs"][:4]
+    np.testing.assert_allclose(
+        fgpu.load_stablehlo(folder / "program")(inputs)["output_0"],
+        model.module.apply(variables, inputs),
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 def test_a_native_model_is_trained_and_measured(folder: Path) -> None:

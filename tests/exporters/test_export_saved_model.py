@@ -16,6 +16,7 @@ from fastgpu.exporters import (
     ExportReport,
     Signature,
     export_saved_model,
+    lowering,
     savedmodel,
     verification,
 )
@@ -238,7 +239,7 @@ def test_sizes_that_cannot_be_symbolic_are_explained(tmp_path):
 
 
 def test_weights_in_a_closure_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(savedmodel, "_LARGEST_PROGRAM", 1 << 20)
+    monkeypatch.setattr(lowering, "LARGEST_PROGRAM", 1 << 20)
     baked = jnp.arange(1 << 20, dtype=jnp.float32)
     with pytest.raises(ExportError, match="arrays baked into it") as caught:
         export_saved_model(lambda _, x: x + baked[:3], {}, tmp_path / "out", inputs=(None, 3))

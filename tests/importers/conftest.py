@@ -9,6 +9,9 @@ import jax
 import numpy as np
 import pytest
 
+# Run in a process of its own, with tf-keras.
+collect_ignore = ["write_keras_2.py"]
+
 
 @pytest.fixture(scope="session")
 def keras() -> Any:

@@ -308,6 +308,7 @@ def test_mlp_refuses_an_activation_it_does_not_have():
         models.MLPConfig(activation="swish")
 
 
+@pytest.mark.slow
 def test_vgg16_computes_what_keras_does():
     import keras
 

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYER = {
+    "__version__": 0,
     "errors": 0,
     "config": 0,
     "hardware": 0,

@@ -141,7 +141,13 @@ def run(gradient, program, params, rest):
     return fn(params, rest)
 
 
-@pytest.mark.parametrize("family", models.families())
+QUICK = ("mlp", "convnet", "vgg", "resnet")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=[pytest.mark.slow] * (f not in QUICK)) for f in models.families()],
+)
 def test_gradients_of_every_model_are_those_of_jax(family, distance):
     gradient, params, rest, fn = gradient_of(family)
     expected = jax.jit(jax.value_and_grad(fn, has_aux=True))(params, rest)

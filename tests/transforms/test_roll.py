@@ -274,7 +274,9 @@ def _model(which):
     return loss, variables
 
 
-@pytest.mark.parametrize(("which", "blocks"), [("gpt", 5), ("resnet", 5)])
+@pytest.mark.parametrize(
+    ("which", "blocks"), [("gpt", 5), pytest.param("resnet", 5, marks=pytest.mark.slow)]
+)
 def test_models_compute_the_same_and_the_same_gradients(which, blocks, distance):
     loss, variables = _model(which)
     key = jax.random.key(2)

@@ -1,5 +1,6 @@
 """`fastgpu export`"""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -8,9 +9,19 @@ import typer
 from fastgpu.cli.options import AsJson, Model, Settings, parse_settings, parse_shape
 
 
+class Format(StrEnum):
+    """What an exported model can be."""
+
+    savedmodel = "savedmodel"
+    stablehlo = "stablehlo"
+
+
 def export(
     model: Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of the SavedModel.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    format: Annotated[
+        Format, typer.Option(help="A TensorFlow SavedModel, or a StableHLO program for JAX.")
+    ] = Format.savedmodel,
     run: Annotated[
         Path | None, typer.Option(help="A folder of fastgpu train: export its trained variables.")
     ] = None,
@@ -21,9 +32,10 @@ def export(
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a TensorFlow SavedModel, reload it without JAX, and compare before it counts.
+    """Write a SavedModel or a StableHLO program, reload it, and compare before it counts.
 
     Example: fastgpu export model.keras exported/ --run runs/first
+    Example: fastgpu export model.onnx program/ --format stablehlo
     """
     import numpy as np
 
@@ -42,5 +54,6 @@ def export(
         variables = read_variables(run, variables)
     # an imported module knows more of its inputs than one example shows
     specs = None if is_model_file(model) else [((None, *i.shape), i.dtype) for i in inputs]
-    report = fgpu.export_saved_model(module, variables, out, inputs=specs, overwrite=overwrite)
+    write = {Format.savedmodel: fgpu.export_saved_model, Format.stablehlo: fgpu.export_stablehlo}
+    report = write[format](module, variables, out, inputs=specs, overwrite=overwrite)
     print(report.to_json() if as_json else report)

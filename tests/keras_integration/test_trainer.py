@@ -115,7 +115,9 @@ print(keras.backend.backend())
 """
 
 
-@pytest.mark.parametrize("environment", [{}, {"KERAS_BACKEND": "tensorflow"}])
+@pytest.mark.parametrize(
+    "environment", [{}, pytest.param({"KERAS_BACKEND": "tensorflow"}, marks=pytest.mark.slow)]
+)
 def test_keras_on_another_backend_is_left_alone_and_said_so(environment) -> None:
     pytest.importorskip("tensorflow")
     done = run_python("-c", ANOTHER_BACKEND, **environment)

@@ -226,7 +226,7 @@ def test_outputs_and_gradients_of_every_family(name):
 
 
 # Deep networks compile longest; each is compared in float32 in every run.
-QUICK = ("mlp", "convnet", "gpt")
+QUICK = ("mlp", "convnet")
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def run(gradient, program, params, rest):
     return fn(params, rest)
 
 
-QUICK = ("mlp", "convnet", "vgg", "resnet")
+QUICK = ("mlp", "convnet", "vgg")
 
 
 @pytest.mark.parametrize(

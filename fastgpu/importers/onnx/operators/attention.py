@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastgpu.importers.onnx.dtypes import ELEMENT_TYPES
+from fastgpu.importers.onnx.dtypes import ELEMENT_TYPES, in_use
 from fastgpu.importers.onnx.operators.operator import one_of, operator
 
 
@@ -66,7 +66,7 @@ def attention(
     scores = scores + bias
     masked = scores
     if softmax_precision is not None:
-        scores = scores.astype(ELEMENT_TYPES[softmax_precision])
+        scores = scores.astype(in_use(ELEMENT_TYPES[softmax_precision], jnp))
     weights = _softmax(scores, bias).astype(q.dtype)
     y = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
     if flat:
